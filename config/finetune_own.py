@@ -1,0 +1,16 @@
+# Your own data: a COCO json with its images, or a YOLO folder (images/ and labels/). Look at it first:
+#   python data.py check my/train.json
+#   python train.py config/finetune_own.py --train_data=my/train.json --val_data=my/val.json
+# Images that do not lie beside the json: --train_images=my/photos --val_images=my/photos
+# Start from weights, ours or a YOLOv8 .pt of your own: --init_from=yolov8n.pt
+out_dir = 'out/own'
+train_data = 'my/train.json'
+val_data = 'my/val.json'
+imgsz = 320                  # pixels of the longer side; more for small objects, 640 is usual on a GPU
+
+epochs = 60
+warmup_epochs = 3
+close_epochs = 10
+lr = 2e-3
+weight_decay = 0.01
+eval_interval = 5

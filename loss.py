@@ -1,0 +1,205 @@
+"""
+What the network is trained on: boxes compared (IoU, GIoU, CIoU), objects assigned to anchor points (TAL), three losses.
+
+    box   1 - CIoU                between a point's box and its object's              x 7.5
+    cls   binary cross entropy    between class logits and soft targets               x 0.5
+    dfl   two-bin cross entropy   between the 16-bin side distributions and the sides  x 1.5
+
+Every point has one job: it is background, or it answers for exactly one object. `assign` decides which, anew at every
+step, from what the network says itself: the ten points inside an object's box that already describe it best (class score
+and overlap) are the ones taught to describe it better, and the soft class target tells each how good it is among them.
+
+Boxes are xyxy in pixels of the network input everywhere. Nothing here imports anything of ours.
+
+Papers: GIoU, Rezatofighi et al. 2019 (1902.09630); CIoU, Zheng et al. 2020 (1911.08287); distribution focal loss, Li et
+al. 2020 (2006.04388); task alignment, Feng et al. 2021 (2108.07755).
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+# --- boxes ---------------------------------------------------------------------------------------------------------
+
+def box_iou(a, b):
+    """IoU of every a (N, 4) with every b (M, 4) -> (N, M). A box without area overlaps nothing: 0, not NaN."""
+    lt = torch.maximum(a[:, None, :2], b[None, :, :2])                                # (N, M, 2)
+    rb = torch.minimum(a[:, None, 2:], b[None, :, 2:])                                # (N, M, 2)
+    intersection = (rb - lt).clamp_(min=0).prod(2)                                    # (N, M)
+    area_a, area_b = (a[:, 2:] - a[:, :2]).prod(1), (b[:, 2:] - b[:, :2]).prod(1)
+    return intersection / (area_a[:, None] + area_b[None] - intersection).clamp_(min=1e-12)
+
+
+def overlap(a, b, kind='iou', eps=1e-7):
+    """
+    Elementwise IoU, GIoU or CIoU of a and b, both (..., 4) -> (...).
+
+    IoU says nothing about boxes that do not touch. GIoU subtracts the share of the hull that neither covers. CIoU
+    subtracts the squared distance of the centres over the squared diagonal of the hull, and a penalty for another
+    aspect ratio, weighted by how much the boxes already overlap (a weight that is not differentiated).
+    """
+    ax1, ay1, ax2, ay2 = a.unbind(-1)
+    bx1, by1, bx2, by2 = b.unbind(-1)
+    aw, ah, bw, bh = ax2 - ax1, ay2 - ay1 + eps, bx2 - bx1, by2 - by1 + eps
+    w = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    h = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    union = aw * ah + bw * bh - w * h + eps
+    iou = w * h / union
+    if kind == 'iou':
+        return iou
+    hull_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
+    hull_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
+    if kind == 'giou':
+        hull = hull_w * hull_h + eps
+        return iou - (hull - union) / hull
+    distance = ((bx1 + bx2 - ax1 - ax2) ** 2 + (by1 + by2 - ay1 - ay2) ** 2) / 4
+    v = 4 / math.pi ** 2 * (torch.atan(bw / bh) - torch.atan(aw / ah)) ** 2
+    with torch.no_grad():
+        weight = v / (v - iou + 1 + eps)
+    return iou - distance / (hull_w ** 2 + hull_h ** 2 + eps) - v * weight
+
+
+def ciou(a, b):
+    """Elementwise Complete IoU of a and b, both (..., 4) -> (...), at most 1."""
+    return overlap(a, b, 'ciou')
+
+
+# --- points and sides ------------------------------------------------------------------------------------------------
+
+def make_points(maps, strides=(8, 16, 32)):
+    """The centres of all cells in pixels, points (A, 2) as x, y and their stride (A, 1): P3, P4, P5 in row order."""
+    points, sizes = [], []
+    for m, s in zip(maps, strides, strict=True):
+        H, W = m.shape[2:]
+        y, x = torch.meshgrid(torch.arange(H, device=m.device), torch.arange(W, device=m.device), indexing='ij')
+        points.append((torch.stack((x, y), -1).reshape(-1, 2).float() + 0.5) * s)
+        sizes.append(points[-1].new_full((H * W, 1), s))
+    return torch.cat(points), torch.cat(sizes)
+
+
+def flatten_maps(maps):
+    """Three raw maps (B, 64 + K, H, W) -> sides (B, A, 64) and class logits (B, A, K), in float32."""
+    rows = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)                 # (B, A, 64 + K)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows[..., :64], rows[..., 64:]
+
+
+def sides_to_boxes(sides, points, strides):
+    """
+    sides (..., A, 64) logits, four sides (left, top, right, bottom) x 16 bins; points (A, 2), strides (A, 1) in pixels
+    -> boxes (..., A, 4) xyxy. A side's length is the expectation over its bins, 0 to 15 strides.
+    """
+    bins = torch.arange(16, dtype=sides.dtype, device=sides.device)
+    length = (sides.unflatten(-1, (4, 16)).softmax(-1) * bins).sum(-1) * strides      # (..., A, 4)
+    return torch.cat((points - length[..., :2], points + length[..., 2:]), -1)
+
+
+# --- assignment ------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=6.0, eps=1e-9, budget=2 ** 22):
+    """
+    Task-aligned assignment (Feng et al. 2021), memory bounded however many objects there are.
+
+    scores (B, A, K) probabilities, boxes (B, A, 4), points (A, 2), gt_labels (B, M) with -1 for padding, gt_boxes
+    (B, M, 4) -> owner (B, A), the object's index or -1 for background, and target_scores (B, A, K) in 0..1.
+
+    All objects of the batch form one list of G objects, worked through in chunks of `budget` object-point pairs, so
+    that 2,000 objects on 33,600 points need tens of megabytes instead of gigabytes; no result depends on the chunking.
+    """
+    B, A, K = scores.shape
+    image, slot = (gt_labels >= 0).nonzero(as_tuple=True)                             # (G,) each
+    label, box = gt_labels[image, slot], gt_boxes[image, slot].to(boxes.dtype)        # (G,), (G, 4)
+    G = len(image)
+    owner = torch.full((B, A), -1, dtype=torch.long, device=scores.device)
+    target_scores = torch.zeros(B, A, K, dtype=scores.dtype, device=scores.device)
+    if G == 0:
+        return owner, target_scores
+    scores, boxes = scores.reshape(-1, K), boxes.reshape(-1, 4)                       # (B * A, K), (B * A, 4)
+
+    # 1) an object bids for the points inside its box: bid = score^alpha * CIoU^beta; its topk best bids are its claims
+    claims = torch.zeros(B * A, dtype=torch.long, device=scores.device)               # how many objects claim this point
+    claimant = torch.zeros_like(claims)                                               # one of them (it, if it is the only one)
+    best = torch.full_like(claims, -1)                                                # who overlaps this point's box most
+    step = max(1, budget // A)
+    for first in range(0, G, step):
+        g = slice(first, first + step)
+        inside = torch.cat((points - box[g, None, :2], box[g, None, 2:] - points), -1).amin(-1) > eps     # (g, A)
+        o, a = inside.nonzero(as_tuple=True)                                          # (P,) object-point pairs
+        at = image[g][o] * A + a                                                      # (P,) the point in its batch
+        iou = ciou(box[g][o], boxes[at]).clamp_(min=0)                    # (P,)
+        bid = scores[at, label[g][o]] ** alpha * iou ** beta
+        bids = torch.zeros(inside.shape, dtype=bid.dtype, device=bid.device)          # (g, A)
+        bids[o, a] = bid
+        top, point = bids.topk(min(topk, A), 1)                                       # (g, topk)
+        rank, place = (top > 0).nonzero(as_tuple=True)                                # no bid, no claim
+        at_claim = image[g][rank] * A + point[rank, place]
+        claims.index_add_(0, at_claim, torch.ones_like(at_claim))
+        claimant[at_claim] = rank + first
+        # the IoU's bits order like the IoU; with the object below them, one maximum finds the best and, of equals, the first
+        key = (iou.float().view(torch.int32).long() << 32) + (G - 1 - first - o)
+        best.scatter_reduce_(0, at, key, 'amax')
+
+    # 2) a point claimed by several goes to the object with the highest IoU among all that contain it
+    mine = torch.where(claims > 1, G - 1 - (best & 0xffffffff), claimant)             # (B * A,) into the list of G
+    at = claims.nonzero()[:, 0]                                                       # (F,) foreground points
+    mine = mine[at]
+    owner.view(-1)[at] = slot[mine]
+
+    # 3) soft targets: an object's best point gets its IoU as target, the others in proportion to their bids
+    iou = ciou(box[mine], boxes[at]).clamp_(min=0)                        # (F,)
+    bid = scores[at, label[mine]] ** alpha * iou ** beta
+    max_bid = torch.zeros(G, dtype=bid.dtype, device=bid.device).scatter_reduce_(0, mine, bid, 'amax')
+    max_iou = torch.zeros_like(max_bid).scatter_reduce_(0, mine, iou, 'amax')
+    target_scores.view(-1, K)[at, label[mine]] = bid * max_iou[mine] / (max_bid[mine] + eps)
+    return owner, target_scores
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+def dfl(sides, length):
+    """
+    Distribution focal loss. sides (n, 4, 16) logits, length (n, 4) the wanted side in strides -> (n,).
+
+    The wanted length lies between two bins; the loss is the cross entropy with all mass on these two, split so that
+    the expectation is exact.
+    """
+    length = length.clamp(0, 15 - 0.01)
+    low = length.floor()
+    log_p = sides.log_softmax(-1)                                                     # (n, 4, 16)
+    at_low = log_p.gather(2, low.long()[..., None])[..., 0]                           # (n, 4)
+    at_high = log_p.gather(2, low.long()[..., None] + 1)[..., 0]
+    return -(at_low * (low + 1 - length) + at_high * (length - low)).mean(1)
+
+
+def detection_loss(maps, targets, gains=(7.5, 0.5, 1.5), topk=10, reduce=True):
+    """
+    maps: three raw tensors (B, 64 + K, H, W) at strides 8, 16, 32; targets: dict(labels=(B, M), boxes=(B, M, 4)).
+    -> dict(box=, cls=, dfl=): scalars, weighted by `gains`, that sum to the loss.
+
+    Each is divided by the sum of the target scores (at least 1). With reduce=False they are plain sums, and 'total' is
+    that divisor: sums over micro-batches and ranks can then be divided once, by the divisor of the whole batch, which
+    no part of it knows alone. An image or batch without objects keeps the graph: its box terms are sums over nothing.
+    """
+    sides, logits = flatten_maps(maps)                                                # (B, A, 64), (B, A, K)
+    points, strides = make_points(maps)                                               # (A, 2), (A, 1)
+    labels, gt_boxes = targets['labels'], targets['boxes'].to(sides.dtype)
+    with torch.no_grad():
+        boxes = sides_to_boxes(sides, points, strides)                                # (B, A, 4)
+    owner, target_scores = assign(logits.detach().sigmoid(), boxes, points, labels, gt_boxes, topk)
+
+    b, a = (owner >= 0).nonzero(as_tuple=True)                                        # (F,) foreground points
+    weight = target_scores[b, a].sum(1)                                               # (F,)
+    gt = gt_boxes[b, owner[b, a]]                                                     # (F, 4)
+    mine = sides[b, a]                                                                # (F, 64)
+    box_loss = ((1 - ciou(sides_to_boxes(mine, points[a], strides[a]), gt)) * weight).sum()
+    length = torch.cat((points[a] - gt[:, :2], gt[:, 2:] - points[a]), 1) / strides[a]
+    dfl_loss = (dfl(mine.unflatten(1, (4, 16)), length) * weight).sum()
+    cls_loss = F.binary_cross_entropy_with_logits(logits, target_scores, reduction='sum')
+
+    losses = dict(box=gains[0] * box_loss, cls=gains[1] * cls_loss, dfl=gains[2] * dfl_loss)
+    total = target_scores.sum()
+    if not reduce:
+        return {**losses, 'total': total}
+    return {name: value / total.clamp(min=1) for name, value in losses.items()}

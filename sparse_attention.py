@@ -1,0 +1,257 @@
+"""
+The sparse global block: the k most salient tokens of a feature map see each other, all others keep to themselves.
+
+A convolution sees its neighbourhood. Full self-attention over the N = H*W tokens of a map sees everything, at a cost of
+O(N^2 c). This block lets only k << N tokens attend to each other, O(k^2 c), puts what they learned back onto the grid,
+and adds it to its input through a gate that starts at 0, so that a pretrained network is undisturbed at step 0.
+
+    1  select   importance = |x_n|^2 for every token n; keep the k largest
+    2  attend   q, k, v = three linear maps of x; A = softmax(LN(q) LN(k)^T / sqrt(c)) among the selected tokens
+    3  scatter  start from v everywhere, overwrite the selected tokens with A v, apply one more linear map `out`
+    4  gate     y = x + gate * block(x)
+
+`plain` is that text in code: read it first, and trust the rest because tests/test_sparse_attention.py holds it equal.
+
+What it costs. The attention products take 4 k^2 c FLOPs, which does not grow with the image. The four maps of the
+definition take 8 N c^2, which does: at P4 of a 1080p image (N = 8,160, c = 512) 17.1 GFLOPs of projections stand
+beside 0.5 of attention. "O(k^2 c)" forgets them. Three facts make almost all of that go away without changing a result:
+
+    q and k are needed for the selected tokens only:                       4 N c^2  ->  4 k c^2
+    `out` follows v with nothing in between on unselected tokens:          one map, W_out W_v, instead of two
+    `out` commutes with A, because A mixes tokens and W_out channels:      out(A v) = A (out v), so the selected tokens
+                                                                           reuse that same dense map
+    and the gate is a factor of that map's weight (c^2 products) instead of one on the map's output (N c of them)
+
+What is left is 2 N c^2 (+ 2 c^3 in training, for the product of the weights) + 4 k c^2 + 4 k^2 c. One dense map is the
+floor: the definition gives every token, selected or not, its own out(v). What that map alone is worth is the question
+a critic must ask, and select='none' (the letter D in the model's `attn` string) is the control that answers it.
+
+Top-k passes no gradient to the importance. So squared-norm selection does not learn *what to select*: the features
+merely drift, by what attention among the chosen tokens turned out to be good for. select='learned' gives a gradient
+path: a score s = w x + b picks the tokens and sigmoid(s) scales what attention changed in them. Norm and squared norm
+order tokens identically, so select='l2' and 'l2sq' are one and the same method; any difference between them is noise.
+
+Papers: attention, Vaswani et al. 2017 (1706.03762); query-key normalisation, Henry et al. 2020 (2010.04245);
+zero-initialised gates, Bachlechner et al. 2020 (2003.04887); keeping salient tokens in detection, Sparse DETR, Roh et
+al. 2021 (2111.14330); router scores that scale the update, Mixture-of-Depths, Raposo et al. 2024 (2404.02258).
+"""
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def island(x):
+    """The float32 island: inside, autocast touches nothing, whatever surrounds it. (Meta tensors know no autocast.)"""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def sincos_2d(H, W, c, device):
+    """Sine-cosine codes of the cell positions, (H*W, c): a quarter of the channels each for sin y, cos y, sin x, cos x."""
+    assert c % 4 == 0, f'the positional code needs channels in fours, got {c}'
+    omega = torch.exp(torch.arange(c // 4, device=device) * (-math.log(10000.0) / (c // 4)))
+    y, x = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing='ij')
+    y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega                         # (N, c/4) each
+    return torch.cat((y.sin(), y.cos(), x.sin(), x.cos()), 1)                         # (N, c)
+
+
+def largest(importance, k):
+    """
+    Indices (B, k) of the k largest of importance (B, N) float32; of equals the one with the lower index wins.
+
+    torch.topk leaves open which of two equal values it returns. A float's bits, read as an integer, order like the
+    float itself (for negative ones after flipping the rest of the bits), so bits and position together make one
+    integer key without ties.
+    """
+    if torch.compiler.is_exporting():
+        return importance.topk(k, dim=1, sorted=False).indices                        # ONNX defines ties just so
+    B, N = importance.shape
+    bits = importance.contiguous().view(torch.int32)
+    bits = torch.where(bits < 0, bits ^ 0x7fffffff, bits).long()
+    key = (bits << 32) + torch.arange(N - 1, -1, -1, device=importance.device)
+    return key.topk(k, dim=1, sorted=False).indices
+
+
+class SparseGlobalBlock(nn.Module):
+    """
+    (B, C, H, W) -> (B, C, H, W): steps 1 to 3 above, without the gate.
+
+    c       channels
+    k       tokens that attend: a count (never more than N are taken), a fraction of N if below 1, or 0 for all of them
+    select  'l2sq' | 'l2' | 'random' | 'learned' | 'none' (nobody attends: the dense path alone)
+    heads   attention heads; the design has one
+    pos     add sine-cosine positions to what q and k see; the design has none, the grid and the CNN carry position
+    """
+
+    def __init__(self, c, k=512, select='l2sq', heads=1, pos=False):
+        super().__init__()
+        assert select in ('l2sq', 'l2', 'random', 'learned', 'none'), f'unknown selection {select!r}'
+        assert c % heads == 0, f'{c} channels do not divide into {heads} heads'
+        self.k, self.select, self.heads, self.pos = k, select, heads, pos
+        if select != 'none':
+            self.q_proj = nn.Conv2d(c, c, 1, bias=False)
+            self.k_proj = nn.Conv2d(c, c, 1, bias=False)
+            self.norm = nn.LayerNorm(c)
+        self.v_proj = nn.Conv2d(c, c, 1, bias=False)
+        self.out_proj = nn.Conv2d(c, c, 1, bias=False)
+        if select == 'learned':
+            self.score = nn.Linear(c, 1)
+        self.folded = None                                                            # see fold()
+
+    # --- 1: select -------------------------------------------------------------------------------------------------
+
+    def count(self, N):
+        """How many of N tokens attend."""
+        if self.k == 0:
+            return N
+        return max(1, round(self.k * N)) if self.k < 1 else min(self.k, N)
+
+    def choose(self, x):
+        """
+        x (B, C, H, W) -> selected (B, k) row-major cell indices, and the learned scores of those cells (B, k) or None.
+
+        In float32 at least: a sum of 512 squares leaves fp16's range (65,504) as soon as activations reach 11.4.
+        """
+        B, C, H, W = x.shape
+        wide = torch.promote_types(x.dtype, torch.float32)
+        k = self.count(H * W)
+        if self.select == 'random':                                                   # afresh at every training step, but
+            g = None if self.training else torch.Generator().manual_seed(0)           # an evaluation must repeat itself
+            return largest(torch.rand(B, H * W, generator=g).to(x.device), k), None
+        if self.select == 'learned':
+            s = F.linear(x.flatten(2).transpose(1, 2).to(wide), self.score.weight.to(wide), self.score.bias.to(wide))[..., 0]
+            selected = largest(s.detach().float(), k)
+            return selected, s.gather(1, selected)
+        norm = torch.linalg.vector_norm(x.detach().flatten(2), dim=1, dtype=wide)     # (B, N) without a map of squares
+        return largest((norm if self.select == 'l2' else norm.square()).float(), k), None
+
+    # --- 2, 3: the definition ----------------------------------------------------------------------------------------
+
+    def weights(self, q, k):
+        """q, k (B, n, C) -> attention A (B, heads, n, n), every row summing to 1."""
+        q, k = self.split(self.norm_as(q)), self.split(self.norm_as(k))               # (B, heads, n, hs)
+        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)
+
+    def norm_as(self, t):
+        return F.layer_norm(t, t.shape[-1:], self.norm.weight.to(t.dtype), self.norm.bias.to(t.dtype), self.norm.eps)
+
+    def split(self, t):
+        """(B, n, C) -> (B, heads, n, C / heads)"""
+        return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def plain(self, x):
+        """The definition, as slow as it reads: four dense maps, then gather, attend, scatter."""
+        B, C, H, W = x.shape
+        placed = x + sincos_2d(H, W, C, x.device).to(x.dtype).T.view(C, H, W) if self.pos else x
+        v = self.v_proj(x).flatten(2).transpose(1, 2)                                 # (B, N, C)
+        if self.select != 'none':
+            q = self.q_proj(placed).flatten(2).transpose(1, 2)                        # (B, N, C)
+            k = self.k_proj(placed).flatten(2).transpose(1, 2)                        # (B, N, C)
+            selected, s = self.choose(x)                                              # (B, k)
+            rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            with island(x):
+                q, k, v_sel = (t.gather(1, rows).to(wide) for t in (q, k, v))
+                attended = (self.weights(q, k) @ self.split(v_sel)).transpose(1, 2).flatten(2)        # (B, k, C)
+                if s is not None:
+                    attended = v_sel + s.sigmoid()[..., None] * (attended - v_sel)
+            v = v.scatter(1, rows, attended.to(v.dtype))
+        return self.out_proj(v.transpose(1, 2).reshape(B, C, H, W))
+
+    # --- 2, 3: the same, almost free ------------------------------------------------------------------------------
+
+    def dense_weight(self):
+        """W_out W_v, (C, C, 1, 1): the one map that every token goes through. In float32 also under autocast."""
+        if self.folded is not None:
+            return self.folded
+        with island(self.v_proj.weight):
+            return (self.out_proj.weight.flatten(1) @ self.v_proj.weight.flatten(1))[..., None, None]
+
+    def fold(self):
+        """Inference form: keep the product, drop its factors. There is no way back to training."""
+        self.folded = nn.Parameter(self.dense_weight().detach(), requires_grad=False)
+        del self.v_proj, self.out_proj
+        return self
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        weight = self.dense_weight()
+        y = F.conv2d(x, weight)                                                       # (B, C, H, W): out(v) everywhere
+        if self.select == 'none':
+            return y
+        x_rows, y_rows = x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2)   # (B, N, C) views
+        wide = torch.promote_types(x.dtype, torch.float32)
+        everyone = self.count(H * W) == H * W and self.select != 'learned'            # then there is nothing to gather
+        if everyone:
+            t, u, s = x_rows, y_rows, None
+        else:
+            selected, s = self.choose(x)                                              # (B, k)
+            rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
+            t, u = x_rows.gather(1, rows), y_rows.gather(1, rows)                     # (B, k, C)
+        with island(x):
+            t, u = t.to(wide), u.to(wide)
+            placed = t
+            if self.pos:
+                code = sincos_2d(H, W, C, x.device).to(wide)
+                placed = t + (code if everyone else code[selected])
+            q = self.split(self.norm_as(F.linear(placed, self.q_proj.weight.flatten(1).to(wide))))
+            k = self.split(self.norm_as(F.linear(placed, self.k_proj.weight.flatten(1).to(wide))))
+            if self.heads == 1:
+                attended = F.scaled_dot_product_attention(q, k, u[:, None])[:, 0]     # (B, k, C): A (out v)
+            else:                           # each head has an A of its own, so `out` comes after them, on k tokens only
+                assert self.folded is None, 'fold() drops v and out, which several heads need apart'
+                v = F.linear(t, self.v_proj.weight.flatten(1).to(wide))
+                attended = F.scaled_dot_product_attention(q, k, self.split(v)).transpose(1, 2).flatten(2)
+                attended = F.linear(attended, self.head_mix().to(wide))
+            if s is not None:
+                attended = u + s.sigmoid()[..., None] * (attended - u)
+        if everyone:
+            return attended.to(y.dtype).transpose(1, 2).reshape(B, C, H, W)
+        y_rows = y_rows.scatter(1, rows, attended.to(y.dtype))
+        return y_rows.transpose(1, 2).reshape(B, C, H, W)
+
+    def head_mix(self):
+        """The (C, C) weight that follows the heads."""
+        return self.out_proj.weight.flatten(1)
+
+    def attention(self, x):
+        """For looking at: selected (B, k) row-major cell indices and the weights (B, heads, k, k) among them."""
+        B, C, H, W = x.shape
+        selected = self.choose(x)[0]
+        placed = x.flatten(2).transpose(1, 2).float()                                 # (B, N, C)
+        if self.pos:
+            placed = placed + sincos_2d(H, W, C, x.device)
+        t = placed.gather(1, selected[..., None].expand(-1, -1, C))
+        return selected, self.weights(F.linear(t, self.q_proj.weight.flatten(1).float()), F.linear(t, self.k_proj.weight.flatten(1).float()))
+
+
+class SparseGlobalBlockGated(SparseGlobalBlock):
+    """
+    y = x + gate * block(x), step 4: what the network uses. At gate 0 it is the identity to the last bit.
+
+    gate  'learned' (one scalar from 0) | 'fixed' (0.5) | 'none' (direct addition, which is a gate of 1)
+
+    A zero gate hides the block's weights from the gradient for one step; only the gate itself sees one, and then all
+    do. Weight decay must leave the gate alone, or it pulls the block shut: see HSVDET.param_groups.
+    """
+
+    def __init__(self, c, k=512, select='l2sq', heads=1, pos=False, gate='learned'):
+        super().__init__(c, k, select, heads, pos)
+        start = {'learned': 0.0, 'fixed': 0.5, 'none': 1.0}[gate]
+        self.gate = nn.Parameter(torch.tensor(start), requires_grad=gate == 'learned')
+
+    def plain(self, x):
+        return x + self.gate * super().plain(x)
+
+    def dense_weight(self):
+        """gate W_out W_v. On the weight a gate costs c^2 products and its gradient is a float32 sum over c^2; on the
+        output it would cost N c, and an fp16 sum over millions that overflows under loss scaling."""
+        return super().dense_weight() if self.folded is not None else self.gate * super().dense_weight()
+
+    def head_mix(self):
+        return self.gate * super().head_mix()
+
+    def forward(self, x):
+        return x + super().forward(x)

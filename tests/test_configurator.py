@@ -1,0 +1,83 @@
+"""Settings: what is taken, what is refused, and that every config we ship fits train.py."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configurator import configure
+from data import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def knobs():
+    return dict(lr=1e-3, epochs=10, name='out', on=False, imgsz=640, source='', __annotations__={'imgsz': int | tuple}, _hidden=1, path=Path)
+
+
+def test_overrides(tmp_path):
+    (tmp_path / 'c.py').write_text('lr = lr / 2\nepochs = 20\n')
+    space = knobs()
+    got = configure(space, argv=[str(tmp_path / 'c.py'), '--epochs=30', '--name=2024', '--on=True', '--imgsz=(1088, 1920)'])
+    assert got == dict(lr=5e-4, epochs=30, name='2024', on=True, imgsz=(1088, 1920), source='')
+    assert space['epochs'] == 30 and space['_hidden'] == 1
+    assert configure(knobs(), argv=['--lr=1'])['lr'] == 1.0
+    assert configure(knobs(), 'source', ['a.jpg'])['source'] == 'a.jpg'
+
+
+@pytest.mark.parametrize('argv, sentence', [
+    (['--lrr=1'], 'unknown setting "lrr", did you mean "lr"'),
+    (['--_hidden=1'], 'unknown setting'),
+    (['--lr=fast'], "lr must be float, got 'fast'"),
+    (['--epochs=1.5'], 'epochs must be int, got 1.5'),
+    (['--on=1'], 'on must be bool'),
+    (['--epochs=True'], 'epochs must be int, got True'),
+    (['--imgsz=1.5'], 'imgsz must be int or tuple'),
+    (['--lr'], 'settings are written --key=value'),
+    (['stray'], 'neither a config file'),
+    (['config/shape.py'], 'config/shape.py not found, did you mean config/shapes.py'),
+], ids=str)
+def test_refusals(argv, sentence, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError, match=sentence.replace('(', r'\(')):
+        configure(knobs(), argv=argv)
+
+
+@pytest.mark.parametrize('text, sentence', [('lrr = 1', 'unknown setting "lrr"'), ('lr = "x"', 'lr must be float'),
+                                            ('x = (', r'line 1: SyntaxError'), ('lr = 1\nlr = nothing', 'line 2: NameError')])
+def test_config_file_errors_name_the_file(tmp_path, text, sentence):
+    (tmp_path / 'c.py').write_text(text)
+    with pytest.raises(InputError, match=sentence) as e:
+        configure(knobs(), argv=[str(tmp_path / 'c.py')])
+    assert 'c.py' in str(e.value)
+
+
+def train_knobs():
+    """train.py's knobs, read from its source: everything assigned before configure()."""
+    space = {}
+    tree = ast.parse((ROOT / 'train.py').read_text())
+    head = []
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and 'configure' in ast.unparse(node.value):
+            break
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            head.append(node)
+    exec(compile(ast.Module(head, []), 'train.py', 'exec'), space)
+    return space
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda p: p.name)
+def test_shipped_configs_fit(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    space = train_knobs()
+    assert len(space) > 50
+    configure(space, argv=[str(path)])
+    assert path.read_text().startswith('# ') and f'config/{path.name}' in path.read_text(), 'begins with what it is and its command'
+    from model import HSVDETConfig
+    HSVDETConfig(**{name: space[name] for name in ('scale', 'attn', 'k', 'select', 'gate', 'heads', 'pos', 'one2one')})
+
+
+def test_scripts_answer_in_one_sentence():
+    done = subprocess.run([sys.executable, 'train.py', '--bogus=1'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == 'error: --bogus=1: unknown setting "bogus"; the settings are the names at the top of train.py\n'
