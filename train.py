@@ -56,10 +56,11 @@ make_data = ''                    # 'shapes': make the synthetic set when train_
 imgsz: int | tuple = 640          # pixels, multiples of 32; int, or (H, W)
 multi_scale = 0.0                 # 0.5: batches are resized by a random factor 0.5..1.5
 workers = -1                      # loader processes; -1: 1 beside a CPU that trains, else up to 8
-cache_mb = 1024                   # decoded images kept per loader process
+cache_mb = 1024                   # memory for decoded images, all loader processes together
 # augmentation
 mosaic = 1.0                      # probability
 mixup = 0.0                       # probability, on top of Mosaic
+mosaic_block = 0                  # partners from the same n neighbours of the epoch's order, which a cache serves; 0: from all
 scale_aug = 0.5                   # size factor 1 - .. 1 + ..
 translate = 0.1                   # share of the image
 flip = 0.5                        # probability, left-right
@@ -91,6 +92,7 @@ weight_decay = 0.05               # not on biases, norms and gates
 clip = 10.0                       # gradient norm, of a loss counted per image (sum over the batch)
 ema_decay = 0.9999                # reached as 1 - exp(-step / 2000)
 freeze = ''                       # 'backbone': its weights and statistics stay as they are
+freeze_bn = False                 # BatchNorm uses its running statistics and does not update them
 # machine
 device = 'auto'                   # auto cpu cuda cuda:1 ...
 dtype = 'auto'                    # auto float32 bfloat16 float16: of the convolutions; attention and loss are float32
@@ -166,7 +168,7 @@ if make_data == 'shapes' and main and not os.path.exists(train_data):
 if ddp:
     dist.barrier()
 augment = dict(mosaic=mosaic, mixup=mixup, scale=scale_aug, translate=translate, hsv=(hsv_h, hsv_s, hsv_v), flip=flip,
-               close_epoch=epochs - close_epochs)
+               close_epoch=epochs - close_epochs, block=mosaic_block)
 train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cache_mb)
 val_set = DetectionDataset(val_data, val_images, imgsz)
 if train_set.names != val_set.names:
@@ -198,7 +200,7 @@ class Batches:
                 for p in range(start, start + micro):
                     if p // n_images != epoch:
                         epoch = p // n_images
-                        order = np.random.default_rng((seed, epoch)).permutation(n_images)
+                        order = train_set.order(epoch)
                     batch.append((epoch, int(order[p % n_images])))
                 yield batch
 
@@ -412,7 +414,7 @@ def stop_for(reason, batch, losses):
 
 # --- the loop ----------------------------------------------------------------------------------------------------------
 model.train()
-for module in frozen:
+for module in frozen + [m for m in model.modules() if freeze_bn and isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]:
     module.eval()
 last = min(total_steps, max_steps) if max_steps else total_steps
 started, shown, waited, first_step, skipped, dry = time.time(), time.time(), 0.0, step, 0, 0

@@ -88,6 +88,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 64                                            # the usual 5 makes the sixth caller wait a second
+
+    def handle_error(self, request, client_address):                   # a client that hangs up is no error here
+        pass
+
+
 @pytest.fixture
 def server(monkeypatch):
     """A server of the tiny COCO; moods[name] is a list, one entry for each time the file is asked for."""
@@ -95,8 +102,7 @@ def server(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(1e12, 0, 1e12))
-    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    s.daemon_threads, s.handle_error = True, lambda *args: None        # a client that hangs up is no error here
+    s = Server(('127.0.0.1', 0), Handler)
     s.files, s.texts = tiny_coco()
     s.moods, s.etags, s.log, s.rangeless, s.nameless, s.hosts, s.on_cut_50 = {}, {}, [], set(), set(), set(), lambda: None
     s.url = f'http://127.0.0.1:{s.server_port}'
@@ -148,6 +154,8 @@ def test_all_arrives_over_a_bad_line(server, tmp_path, capsys):
     assert subset['annotations'] == expected and subset['categories'] == full['categories']
     assert (tmp_path / 'annotations/instances_val2017.json').read_text() == server.texts['val']
     assert '18 of 18 files' in capsys.readouterr().out
+    dataset = data.DetectionDataset(path, str(tmp_path / 'images/train2017'), imgsz=(64, 64))
+    assert len(dataset) == 12 and not dataset.problems and all(dataset[(0, i)]['image'].shape == (3, 64, 64) for i in range(12))
     # a second run finds all in place
     server.log.clear()
     assert get(server, tmp_path) == path and server.log == []
@@ -231,8 +239,8 @@ def test_faults(tmp_path):
         open(path, 'wb').write(body)
         fault = data.image_fault(path, 40, 30)
         assert words in fault and bool(words) == bool(fault)
-    body = tiny_coco()[0][ZIP]
-    for body, words in ((body, ''), (body[:-9], 'broken'), (body[:60] + b'?' + body[61:], 'broken')):
+    good = tiny_coco()[0][ZIP]
+    for body, words in ((good, ''), (good[:-9], 'broken'), (good[:60] + b'?' + good[61:], 'broken')):
         open(path, 'wb').write(body)
         assert words in data.zip_fault(path) and bool(words) == bool(data.zip_fault(path))
 

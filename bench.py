@@ -1,0 +1,402 @@
+"""
+Every cost table of the README: what it costs, where it goes. Medians of repeated runs in one process, ratios in one run.
+
+    python bench.py attention                       the block at P5 and P4, 640x640 to 3840x2160: definition, fast path, full attention
+    python bench.py latency --scale=l               a detector's milliseconds by part, '---' beside '-SS'; eager, compiled, ONNX
+    python bench.py nms                             exact NMS, 300 to 30,000 candidates
+    python bench.py train config/shapes.py          a training step by part: load, forward, assign + loss, backward, optimizer + EMA
+    python bench.py memory config/hsvdet_1080p_8gb.py    peak memory of a training step by part
+    python bench.py loader --train_data=...         augmented samples per second on one thread, cache off and on
+
+Tables go to the terminal, csv (and the attention plot) to out/bench. --device=cuda measures a GPU. Machines are noisy:
+compare within one run. It takes train.py's settings, so that it measures what train.py would run.
+"""
+import contextlib
+import copy
+import csv
+import os
+import platform
+import statistics
+import sys
+import time
+import weakref
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from configurator import configure
+from data import DetectionDataset, InputError, collate
+from loss import detection_loss
+from model import BACKBONE, HSVDET, HSVDETConfig, nms, select_detections
+from sparse_attention import SparseGlobalBlockGated
+
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), encoding='utf-8') as f:
+    exec(f.read().split('\nconfig = configure(')[0].split('# --- knobs')[1].partition('\n')[2])     # train.py's knobs, one default, one place
+what = ''                  # attention latency nms train memory loader
+repeats = 7                # timed runs, after two untimed ones; the median is printed
+threads = 0                # CPU threads, 0 leaves PyTorch's choice
+channels = 512             # of the attention table
+compiled = False           # latency: also torch.compile
+onnx = True                # latency: also onnxruntime, on a CPU
+sizes = ((640, 640), (1088, 1920))                 # latency
+config = configure(globals(), 'what')
+device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+out_dir = os.path.join('out', 'bench')
+if threads:
+    torch.set_num_threads(threads)
+
+
+def sync():
+    if device.startswith('cuda'):
+        torch.cuda.synchronize()
+
+
+def timed(f, n=None):
+    """Median seconds of f()."""
+    for _ in range(2):
+        f()
+    seconds = []
+    for _ in range(n or repeats):
+        sync()
+        t = time.perf_counter()
+        f()
+        sync()
+        seconds.append(time.perf_counter() - t)
+    return statistics.median(seconds)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of tensors alive, and their peak: what an allocator would be asked for, on any device, also 'meta', where
+    nothing is computed. The inner workspace of a kernel is not seen."""
+
+    def __init__(self, *already):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, {}
+        for t in already:
+            self.seen[t.untyped_storage()._cdata] = True                              # counted elsewhere
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                key = storage._cdata
+                if key not in self.seen:
+                    self.seen[key] = True
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.gone, key, storage.nbytes())
+        return result
+
+    def gone(self, key, size):
+        self.live -= size
+        self.seen.pop(key, None)
+
+
+def table(name, rows):
+    """Print rows (dicts with the same keys), and write them to out/bench/name.csv."""
+    os.makedirs(out_dir, exist_ok=True)
+    with open(os.path.join(out_dir, f'{name}.csv'), 'w', newline='') as f:
+        writer = csv.DictWriter(f, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    text = [[str(key) for key in rows[0]]] + [[f'{v:.3g}' if isinstance(v, float) and abs(v) < 10 else f'{v:,.0f}' if isinstance(v, float) else str(v)
+                                               for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    for line in text:
+        print(' | '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(f'-> {out_dir}/{name}.csv\n')
+
+
+def make(attn, K=80, size=None):
+    torch.manual_seed(0)
+    cfg = HSVDETConfig(scale=scale, num_classes=K, attn=attn, k=k, select=select, gate=gate, heads=heads, pos=pos, one2one=one2one)
+    model = HSVDET(cfg)
+    for block in model.blocks().values():
+        block.gate.data.fill_(0.5)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def bench_attention():
+    """Definition, fast path (inference form) and full attention (SDPA, same dense map), batch 1, float32."""
+    rows = []
+    for H, W in ((640, 640), (736, 1280), (1088, 1920), (1440, 2560), (2176, 3840)):
+        for level, stride in (('P5', 32), ('P4', 16)):
+            h, w = H // stride, W // stride
+            x = torch.randn(1, channels, h, w, device=device).to(memory_format=torch.channels_last)
+            torch.manual_seed(0)
+            block = SparseGlobalBlockGated(channels, k, select, heads, pos).to(device).eval()
+            full = SparseGlobalBlockGated(channels, 0, 'l2sq', heads, pos).to(device).eval()
+            full.load_state_dict(block.state_dict(), strict=False)
+            block.gate.data.fill_(0.5)
+            full.gate.data.fill_(0.5)
+            row = dict(image=f'{W}x{H}', level=level, N=h * w)
+            with torch.no_grad():
+                ways = {'plain': block.plain, 'fast': copy.deepcopy(block).fold() if heads == 1 else block, 'full': full.fold() if heads == 1 else full}
+                for name, f in ways.items():
+                    with FlopCounterMode(display=False) as counter:
+                        f(x)
+                    row[f'{name} GFLOPs'] = counter.get_total_flops() / 1e9
+                for name, f in ways.items():
+                    slow = name == 'full' and h * w > 9000
+                    row[f'{name} ms'] = timed(lambda f=f: f(x), 3 if slow else repeats) * 1e3
+                for name, f in ways.items():
+                    with LiveMemory(x) as memory:
+                        f(x)
+                    row[f'{name} MiB'] = memory.peak / 2 ** 20
+            row['plain/fast'], row['full/fast'] = row['plain ms'] / row['fast ms'], row['full ms'] / row['fast ms']
+            rows.append(row)
+            print(f'{row["image"]} {level}: plain {row["plain ms"]:.1f} ms, fast {row["fast ms"]:.1f} ms, full {row["full ms"]:.1f} ms', flush=True)
+    print()
+    table('attention', rows)
+    try:
+        import matplotlib
+    except ImportError:
+        return print('no plot: pip install matplotlib')
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4.5))
+    for level, style in (('P4', '-'), ('P5', '--')):
+        for name, colour in (('full', 'C3'), ('plain', 'C1'), ('fast', 'C0')):
+            some = [r for r in rows if r['level'] == level]
+            ax.plot([r['N'] for r in some], [r[f'{name} ms'] for r in some], style, color=colour, marker='.', label=f'{name} {level}')
+    ax.set(xscale='log', yscale='log', xlabel='tokens N', ylabel='ms', title=f'c = {channels}, k = {k}, float32, batch 1, {device}')
+    ax.grid(alpha=0.3, which='both')
+    ax.legend(ncols=2)
+    fig.tight_layout()
+    fig.savefig(os.path.join(out_dir, 'attention.png'), dpi=100)
+    print(f'-> {out_dir}/attention.png')
+
+
+def bench_latency():
+    """One image through the inference form. Parts are timed by hooks around the layers, post is decode and NMS at 0.25."""
+    rows = []
+    for H, W in sizes:
+        x = torch.rand(1, 3, H, W, device=device).to(memory_format=torch.channels_last)
+        models = {attn: make(attn).fuse() for attn in dict.fromkeys(('---', attn))}
+        runs = {}
+        with torch.no_grad():
+            for name, model in models.items():
+                spent, begun = {}, {}
+
+                def part_of(layer):
+                    return 'backbone' if layer in BACKBONE else 'attention' if layer.startswith('block') else 'head' if 'head' in layer else 'neck'
+
+                def before(module, args, layer=None, begun=begun):
+                    sync()
+                    begun[layer] = time.perf_counter()
+
+                def after(module, args, output, layer=None, begun=begun, spent=spent):
+                    sync()
+                    part = part_of(layer)
+                    spent[part] = spent.get(part, 0.0) + time.perf_counter() - begun[layer]
+
+                hooks = []
+                for layer, module in model.named_children():
+                    hooks.append(module.register_forward_pre_hook(lambda m, a, layer=layer, f=before: f(m, a, layer)))
+                    hooks.append(module.register_forward_hook(lambda m, a, o, layer=layer, f=after: f(m, a, o, layer)))
+                runs[name] = (model, spent, hooks)
+            samples = {name: [] for name in models}
+            for i in range(repeats + 2):                                              # in turn, so that drift hits all alike
+                for name, (model, spent, _) in runs.items():
+                    spent.clear()
+                    maps, _ = model(x)
+                    sync()
+                    t = time.perf_counter()
+                    boxes, scores = model.decode(maps)
+                    select_detections(boxes[0], scores[0], 0.25, 0.7, 300, False, True)
+                    sync()
+                    if i >= 2:
+                        samples[name].append({**spent, 'post': time.perf_counter() - t})
+            for name, (model, _, hooks) in runs.items():
+                for hook in hooks:
+                    hook.remove()
+                parts = ('backbone', 'attention', 'neck', 'head', 'post')
+                row = dict(image=f'{W}x{H}', attn=name, how='eager')
+                row |= {f'{part} ms': statistics.median(s.get(part, 0.0) for s in samples[name]) * 1e3 for part in parts}
+                row['all ms'] = statistics.median(sum(s.values()) for s in samples[name]) * 1e3
+                rows.append(row)
+                empty = {f'{part} ms': '' for part in parts}
+                if compiled:
+                    fast = torch.compile(model)
+                    rows.append(dict(image=f'{W}x{H}', attn=name, how='compiled', **empty) | {'all ms': timed(lambda fast=fast: fast(x)) * 1e3})
+                if onnx and device == 'cpu':
+                    seconds = onnx_seconds(model, x)
+                    if seconds:
+                        rows.append(dict(image=f'{W}x{H}', attn=name, how='onnxruntime', **empty) | {'all ms': seconds * 1e3})
+    table(f'latency_{scale}', rows)
+
+
+def onnx_seconds(model, x):
+    try:
+        import onnxruntime
+
+        from export import export_onnx
+    except ImportError as e:
+        print(f'no ONNX row: {e}; pip install onnx onnxruntime onnxscript')
+        return None
+    os.makedirs(out_dir, exist_ok=True)
+    path = os.path.join(out_dir, 'latency.onnx')
+    export_onnx(model, path, tuple(x.shape[2:]))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    image = x.contiguous().numpy()
+    return timed(lambda: session.run(None, {session.get_inputs()[0].name: image}))
+
+
+def bench_nms():
+    """Crowded candidates, as evaluation at conf 0.001 sees them: clusters of jittered copies of objects, 80 classes."""
+    rows = []
+    for P in (300, 1000, 3000, 10000, 30000):
+        g = torch.Generator().manual_seed(0)
+        objects = max(1, P // 30)
+        centre, size = torch.rand(objects, 2, generator=g) * 640, torch.exp(torch.rand(objects, 2, generator=g) * 3 + 2.5)
+        which = torch.randint(0, objects, (P,), generator=g)
+        jitter = torch.randn(P, 2, 2, generator=g) * 0.08
+        c, s = centre[which] + jitter[:, 0] * size[which], size[which] * (1 + jitter[:, 1]).clamp(0.3)
+        boxes = torch.cat((c - s / 2, c + s / 2), 1).to(device)
+        scores = torch.rand(P, generator=g).square().to(device)
+        labels = torch.randint(0, 80, (objects,), generator=g)[which].to(device)
+        with LiveMemory() as memory:
+            kept = len(nms(boxes, scores, labels, 0.7, 300))
+        row = dict(candidates=P, kept=kept)
+        row['ms'] = timed(lambda b=boxes, s=scores, y=labels: nms(b, s, y, 0.7, 300)) * 1e3
+        row['ms, all kept'] = timed(lambda b=boxes, s=scores, y=labels: nms(b, s, y, 0.7, 10 ** 9), 3) * 1e3
+        row['MiB'] = memory.peak / 2 ** 20
+        rows.append(row)
+    table('nms', rows)
+
+
+def shape():
+    return (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
+
+
+def bench_train():
+    """Where a training step's time goes. Loading is one thread's time; with a loader process it runs beside the rest."""
+    name = dtype if dtype != 'auto' else 'bfloat16' if device != 'cpu' or torch.cpu._is_avx512_bf16_supported() else 'float32'
+    strengths = dict(mosaic=mosaic, mixup=mixup, scale=scale_aug, translate=translate, hsv=(hsv_h, hsv_s, hsv_v), flip=flip)
+    data = DetectionDataset(train_data, train_images, shape(), strengths, seed, cache_mb)
+    model = make(attn, len(data.names)).train()
+    ema = copy.deepcopy(model).requires_grad_(False)
+    step = torch.optim.AdamW(model.param_groups(1e-3, weight_decay), fused=True)
+    spent = {}
+
+    @contextlib.contextmanager
+    def clock(part):
+        sync()
+        t = time.perf_counter()
+        yield
+        sync()
+        spent.setdefault(part, []).append(time.perf_counter() - t)
+
+    for i in range(repeats + 3):
+        with clock('load'):
+            batch = collate([data[0, (i * batch_size + j) % len(data)] for j in range(batch_size)])
+        images = batch['images'].to(device).to(memory_format=torch.channels_last).float() / 255
+        targets = dict(labels=batch['labels'].to(device), boxes=batch['boxes'].to(device))
+        with clock('forward'), torch.autocast(device.split(':')[0], getattr(torch, name), enabled=name != 'float32'):
+            maps, _ = model(images)
+        with clock('assign + loss'):
+            loss = sum(detection_loss(maps, targets).values())
+        with clock('backward'):
+            loss.backward()
+        with clock('optimizer + EMA'):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            step.step()
+            step.zero_grad()
+            torch._foreach_lerp_([p for p in ema.state_dict().values() if p.is_floating_point()],
+                                 [p for p in model.state_dict().values() if p.is_floating_point()], 0.01)
+    rows = [dict(part=part, ms=statistics.median(s[3:]) * 1e3) for part, s in spent.items()]
+    all_ms = sum(r['ms'] for r in rows)
+    rows = [dict(r, share=f'{r["ms"] / all_ms:.0%}', **{'images/s': batch_size / r['ms'] * 1e3}) for r in rows]
+    rows.append({'part': 'all, one after the other', 'ms': all_ms, 'share': '100%', 'images/s': batch_size / all_ms * 1e3})
+    print(f'HSV-DET-{scale} attn={attn}, {shape()[0]}x{shape()[1]}, batch {batch_size}, {name}, {train_data}')
+    table('train', rows)
+
+
+def bench_memory():
+    """
+    A training step's peak, by part, from the sizes of all tensors on the 'meta' device: nothing is computed, no GPU is
+    needed. On a GPU the measured peak of the real step stands beside it, under memory_cap_gb if that is set.
+    """
+    H, W = shape()
+    half = dtype != 'float32'
+    micro = batch_size // accum
+    rows = []
+    for letters in dict.fromkeys(('---', attn)):
+        with torch.device('meta'):
+            model = HSVDET(HSVDETConfig(scale=scale, attn=letters, k=k, select=select, gate=gate, heads=heads, pos=pos, one2one=one2one)).train()
+            images = torch.empty(micro, 3, H, W)
+        count = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if half:                                                                      # stands in for autocast, which meta tensors do not know:
+            model, images = model.bfloat16(), images.bfloat16()                       # activations in 2 bytes, and the weights' 2-byte copies
+        model.checkpointing = checkpointing
+        with LiveMemory(*model.parameters(), *model.buffers()) as memory:
+            maps, _ = model(images)
+            kept = memory.live
+            loss = sum(m.float().sum() for m in maps)
+            loss.backward()
+        row = dict(attn=letters, parameters=count * 4, EMA=count * 4, optimizer=trained * 8, gradients=trained * 4)
+        row['kept activations'] = kept
+        row['peak of forward + backward'] = memory.peak - trained * (2 if half else 4)
+        row['all'] = sum(row[name] for name in ('parameters', 'EMA', 'optimizer', 'gradients', 'peak of forward + backward')) + count * 2 * half
+        row = {name: value if name == 'attn' else value / 2 ** 20 for name, value in row.items()}
+        if device.startswith('cuda'):
+            row['measured'] = cuda_peak(letters, micro, H, W)
+        rows.append(row)
+    print(f'MiB; HSV-DET-{scale}, {H}x{W}, {accum} micro-batches of {micro}, checkpointing {checkpointing}, {"2-byte activations" if half else "float32"}')
+    table('memory', rows)
+    if len(rows) > 1:
+        print(f'the blocks: {rows[1]["kept activations"] - rows[0]["kept activations"]:.0f} MiB of activations, {rows[1]["all"] - rows[0]["all"]:.0f} MiB in all')
+
+
+def cuda_peak(letters, micro, H, W):
+    if memory_cap_gb:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_cap_gb * 2 ** 30 / torch.cuda.get_device_properties(device).total_memory))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = make(letters).train()
+    model.checkpointing = checkpointing
+    ema = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.param_groups(1e-3, weight_decay), fused=True)
+    corner = torch.rand(micro, 50, 2, device=device) * torch.tensor([W, H], device=device) * 0.8
+    targets = dict(labels=torch.zeros(micro, 50, dtype=torch.long, device=device), boxes=torch.cat((corner, corner + 60), -1))
+    for _ in range(2):
+        with torch.autocast('cuda', torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16):
+            _, losses = model(torch.rand(micro, 3, H, W, device=device).to(memory_format=torch.channels_last), targets)
+        sum(losses.values()).backward()
+        optimizer.step()
+    del ema
+    return torch.cuda.max_memory_allocated() / 2 ** 20
+
+
+def bench_loader():
+    """Augmented samples per second, one process, one thread."""
+    torch.set_num_threads(1)
+    rows = []
+    strengths = dict(mosaic=mosaic, mixup=mixup, scale=scale_aug, translate=translate, hsv=(hsv_h, hsv_s, hsv_v), flip=flip, block=mosaic_block)
+    for cache in (0, cache_mb):
+        data = DetectionDataset(train_data, train_images, shape(), strengths, seed, cache)
+        rng = np.random.default_rng(0)
+        for epoch in range(2 if cache else 1):                                        # the cache fills in the first
+            order = rng.permutation(len(data))[:400]
+            t = time.perf_counter()
+            for i in order:
+                data[epoch, int(i)]
+            seconds = time.perf_counter() - t
+        rows.append({'cache MiB': cache, 'samples': len(order), 'samples/s': len(order) / seconds, 'ms a sample': seconds / len(order) * 1e3})
+    print(f'{train_data}, {shape()[0]}x{shape()[1]}, mosaic {mosaic}')
+    table('loader', rows)
+
+
+if __name__ == '__main__':
+    benches = dict(attention=bench_attention, latency=bench_latency, nms=bench_nms, train=bench_train, memory=bench_memory, loader=bench_loader)
+    if what not in benches:
+        raise InputError(f'python bench.py needs one of: {" ".join(benches)}' + (f'; got {what!r}' if what else ''))
+    machine = torch.cuda.get_device_name(device) if device.startswith('cuda') else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+    print(f'{machine}; torch {torch.__version__}, Python {sys.version.split()[0]}, {time.strftime("%Y-%m-%d")}\n')
+    benches[what]()

@@ -1,0 +1,225 @@
+"""The loop, run as a user runs it: gradients of the whole batch, resume to the bit, and what happens when things go wrong."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import DetectionDataset, collate, make_shapes
+from model import HSVDET, HSVDETConfig
+
+ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory):
+    """Twelve pictures, the odd ones without objects."""
+    out = tmp_path_factory.mktemp('shapes')
+    make_shapes(str(out), train=12, val=3, size=96)
+    data = json.loads((out / 'train.json').read_text())
+    data['annotations'] = [a for a in data['annotations'] if a['image_id'] % 2 == 1]
+    (out / 'half.json').write_text(json.dumps(data))
+    return out
+
+
+def command(shapes, out_dir, *settings, ranks=1, data='train'):
+    launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--master_port=29517'] if ranks > 1 else []
+    return [sys.executable, *launch, 'train.py', f'--train_data={shapes}/{data}.json', f'--train_images={shapes}/images/train',
+            f'--val_data={shapes}/val.json', f'--out_dir={out_dir}', '--imgsz=64', '--device=cpu', '--dtype=float32', '--workers=0',
+            '--epochs=4', '--close_epochs=1', '--warmup_epochs=1', '--eval_interval=2', '--batch_size=4', '--log_interval=2', '--k=8',
+            '--num_pictures=1', *settings]
+
+
+def train(*args, check=True, **kwargs):
+    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def load(path):
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def assert_same(a, b, where=''):
+    """Two checkpoints' contents, to the bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f'{where}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f'{where}[{i}]')
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+# --- the gradient is that of the whole batch ---------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def one_step(shapes, tmp_path_factory):
+    """The change of all weights in one step of plain SGD, nothing random, BatchNorm frozen, with `settings`."""
+    seed = next(s for s in range(1000) if (np.random.default_rng((s, 0)).permutation(12)[:4] % 2 == [0, 0, 1, 1]).all())   # ids start at 1
+    fixed = ['--optimizer=sgd', '--momentum=0.9', '--lr=0.001', '--warmup_epochs=0', '--clip=1e9', '--weight_decay=0.0', '--freeze_bn=True',
+             '--mosaic=0.0', '--scale_aug=0.0', '--translate=0.0', '--flip=0.0', '--hsv_h=0.0', '--hsv_s=0.0', '--hsv_v=0.0',
+             '--max_steps=1', '--gate=fixed', '--one2one=True', f'--seed={seed}']
+    start = tmp_path_factory.mktemp('start') / 'start.pt'
+    torch.manual_seed(0)
+    model = HSVDET(HSVDETConfig(num_classes=6, k=8, gate='fixed', one2one=True))
+    model.save(start)
+
+    def run(*settings, ranks=1):
+        out = tmp_path_factory.mktemp('step')
+        train(shapes, out, *fixed, f'--init_from={start}', *settings, ranks=ranks, data='half')
+        after = load(out / 'ckpt.pt')['model']
+        return {name: after[name] - p for name, p in model.state_dict().items() if p.is_floating_point()}, (out / 'log.csv').read_text()
+
+    return run, run()
+
+
+@pytest.mark.parametrize('settings, ranks', [(['--accum=4'], 1), ([], 2), (['--accum=2'], 2)], ids=['4 micro-batches', '2 ranks', '2 x 2'])
+def test_parts_give_the_gradient_of_the_whole(one_step, settings, ranks):
+    """Rank 1, and the last two micro-batches, hold no object at all."""
+    run, (whole, log) = one_step
+    parts, parts_log = run(*settings, ranks=ranks)
+    largest = max(v.abs().max() for v in whole.values())
+    assert largest > 1e-4
+    for name, change in whole.items():
+        assert (parts[name] - change).abs().max() <= 2e-5 * largest + 1e-7, name         # weights near 1 store changes to 1e-7
+    assert parts_log.splitlines()[-1].split(',')[-3:] == log.splitlines()[-1].split(',')[-3:], 'evaluation over ranks is the same'
+
+
+# --- resume --------------------------------------------------------------------------------------------------------------
+
+def test_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
+    settings = ['--select=random', '--save_interval=3', '--log_interval=4', '--multi_scale=0.5']     # 12 steps
+    train(shapes, tmp_path / 'a', *settings)
+    process = subprocess.Popen(command(shapes, tmp_path / 'b', *settings), cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL)
+    while not (tmp_path / 'b/ckpt_prev.pt').exists():                                  # two checkpoints are there: kill it
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert load(tmp_path / 'b/ckpt_prev.pt')['step'] < 12
+    (tmp_path / 'b/ckpt.pt').write_bytes((tmp_path / 'b/ckpt.pt').read_bytes()[:-20000] if (tmp_path / 'b/ckpt.pt').exists() else b'')
+    said = train(shapes, tmp_path / 'b', *settings, '--init_from=resume').stdout
+    assert 'not a complete checkpoint' in said and 'going on from' in said and 'ckpt_prev.pt' in said
+    a, b = load(tmp_path / 'a/ckpt.pt'), load(tmp_path / 'b/ckpt.pt')
+    for saved in (a, b):
+        del saved['config']
+    assert a['step'] == 12
+    assert_same(a, b)
+    assert (tmp_path / 'a/log.csv').read_text() == (tmp_path / 'b/log.csv').read_text()
+    rows = list(csv.DictReader((tmp_path / 'a/log.csv').open()))
+    assert [int(r['step']) for r in rows] == [4, 6, 8, 12, 12] and all(r['AP'] for r in (rows[1], rows[4]))
+    for name in ('best.pt', 'curves.png', 'val_0.jpg'):
+        assert (tmp_path / 'a' / name).stat().st_size > 1000
+
+
+def test_sigterm_saves_and_leaves(shapes, tmp_path):
+    process = subprocess.Popen(command(shapes, tmp_path, '--epochs=4000', '--eval_interval=4000'), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step'):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and 'SIGTERM at step' in rest and '--init_from=resume' in rest
+    assert load(tmp_path / 'ckpt.pt')['step'] > 0
+
+
+# --- what the settings do ------------------------------------------------------------------------------------------------
+
+def test_everything_at_once(shapes, tmp_path):
+    """Settings that no other run here uses, together; the frozen part stays, every other part moves."""
+    start = tmp_path / 'start.pt'
+    torch.manual_seed(1)
+    model = HSVDET(HSVDETConfig(num_classes=6, k=8, attn='SFD', one2one=True))
+    model.save(start)
+    train(shapes, tmp_path, f'--init_from={start}', '--attn=SFD', '--one2one=True', '--checkpointing=True', '--freeze=backbone', '--optimizer_neck=sgd',
+          '--optimizer_head=lion', '--lr_head=0.3', '--imgsz=(64, 96)', '--dtype=bfloat16', '--mixup=0.5', '--max_steps=4', '--workers=1')
+    after = load(tmp_path / 'ckpt.pt')['model']
+    moved = {name.split('.')[0] for name, p in model.state_dict().items() if not torch.equal(p, after[name])}
+    assert not moved & {'stem', 'stage2', 'down5', 'sppf'}
+    assert moved >= {'fpn4', 'pan5', 'block3', 'block4', 'block5', 'detect_head', 'one2one_head'}
+    row = list(csv.DictReader((tmp_path / 'log.csv').open()))[0]
+    assert {'gate_p3', 'gate_p4', 'gate_p5', 'one2one_cls'} <= row.keys() and float(row['one2one_cls']) > 0
+
+
+def test_fp16_on_cpu(shapes, tmp_path):
+    train(shapes, tmp_path, '--dtype=float16', '--max_steps=2')
+    assert load(tmp_path / 'ckpt.pt')['scaler']['scale'] > 0
+
+
+def test_overfits_eight_pictures(shapes):
+    """Sixty steps on eight pictures: the losses that can vanish nearly do, and every object is found."""
+    torch.manual_seed(0)
+    data = DetectionDataset(str(shapes / 'train.json'), imgsz=(96, 96))
+    batch = collate([data[0, i] for i in range(8)])
+    images, targets = batch['images'].float() / 255, dict(labels=batch['labels'], boxes=batch['boxes'])
+    model = HSVDET(HSVDETConfig(num_classes=6, k=8)).train()
+    optimizer = torch.optim.AdamW(model.param_groups(4e-3, 0.01))
+    first = None
+    for step in range(60):
+        for group in optimizer.param_groups:
+            group['lr'] = 4e-3 * min(1, (step + 1) / 10, (60 - step) / 20)
+        losses = model(images, targets)[1]
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        first = first or {name: value.item() for name, value in losses.items()}
+    last = {name: value.item() for name, value in losses.items()}
+    assert last['box'] < 0.25 * first['box'] and last['cls'] < 0.25 * first['cls'], (first, last)
+    assert all(block.gate != 0 for block in model.blocks().values()), 'the gates opened'
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('settings, sentence', [
+    (['--imgsz=100'], 'imgsz must be one multiple of 32'),
+    (['--device=cuda'], 'sees no CUDA device; use --device=cpu'),
+    (['--device=gpu'], 'must be auto, cpu or cuda'),
+    (['--dtype=float8'], 'must be auto, float32, bfloat16 or float16'),
+    (['--out_dir=/proc/no'], 'cannot write to out_dir /proc/no'),
+    (['--train_data=nowhere.json'], 'nowhere.json not found'),
+    (['--train_data=data/coco/annotations/instances_train2017_20.json'], 'python data.py coco20'),
+    (['--attn=SS'], "attn has one of - S F D for each of P3 P4 P5, got 'SS'"),
+    (['--batch_size=6', '--accum=4'], 'does not divide'),
+    (['--optimizer=adam'], 'must be adamw, sgd or lion'),
+    (['--init_from=nothing.pt'], 'checkpoint nothing.pt not found'),
+    (['--init_from=resume'], 'nothing to resume in'),
+], ids=lambda v: ' '.join(v) if isinstance(v, list) else '')
+def test_bad_input_is_one_sentence(shapes, tmp_path, settings, sentence):
+    done = train(shapes, tmp_path, *settings, check=False)
+    assert done.returncode == 1 and sentence in done.stderr and done.stderr.count('\n') == 1, done.stderr
+
+
+def test_non_finite_loss_stops_and_saves_the_batch(shapes, tmp_path):
+    done = train(shapes, tmp_path, '--lr=1e30', '--warmup_epochs=0', '--clip=1e30', check=False)
+    assert done.returncode == 1 and 'is not finite at step' in done.stderr and '.jpg' in done.stderr and 'Traceback' not in done.stderr
+    saved = load(next(tmp_path.glob('nonfinite_*.pt')))
+    assert saved['batch']['images'].shape == (4, 3, 64, 64)
+
+
+def test_some_non_finite_steps_can_be_left_out(shapes, tmp_path):
+    """A start whose stem holds one NaN: every step is left out, BatchNorm's statistics stay what they were."""
+    torch.manual_seed(0)
+    model = HSVDET(HSVDETConfig(num_classes=6, k=8))
+    model.stem.conv.weight.data[0, 0, 0, 0] = torch.nan
+    model.save(tmp_path / 'start.pt')
+    done = train(shapes, tmp_path, f'--init_from={tmp_path}/start.pt', '--skip_nonfinite=2', check=False)
+    assert done.returncode == 1 and done.stdout.count('warning: left out step') == 2
+
+
+def test_another_network_is_not_resumed(shapes, tmp_path):
+    train(shapes, tmp_path, '--max_steps=1')
+    done = train(shapes, tmp_path, '--init_from=resume', '--attn=---', check=False)
+    assert done.returncode == 1 and 'holds another network' in done.stderr and 'Traceback' not in done.stderr
