@@ -19,6 +19,7 @@ import platform
 import statistics
 import sys
 import time
+import types
 import weakref
 
 import numpy as np
@@ -32,24 +33,25 @@ from loss import detection_loss
 from model import BACKBONE, HSVDET, HSVDETConfig, nms, select_detections
 from sparse_attention import SparseGlobalBlockGated
 
+# --- knobs: train.py's, read from its source (one default, one place), and these
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), encoding='utf-8') as f:
-    exec(f.read().split('\nconfig = configure(')[0].split('# --- knobs')[1].partition('\n')[2])     # train.py's knobs, one default, one place
-what = ''                  # attention latency nms train memory loader
-repeats = 7                # timed runs, after two untimed ones; the median is printed
-threads = 0                # CPU threads, 0 leaves PyTorch's choice
-channels = 512             # of the attention table
-compiled = False           # latency: also torch.compile
-onnx = True                # latency: also onnxruntime, on a CPU
-sizes = ((640, 640), (1088, 1920))                 # latency
-config = configure(globals(), 'what')
-device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+    knobs = {}
+    exec(f.read().split('\nconfig = configure(')[0].split('# --- knobs')[1].partition('\n')[2], knobs)
+knobs |= dict(
+    what='',               # attention latency nms train memory loader
+    repeats=7,             # timed runs, after two untimed ones; the median is printed
+    threads=0,             # CPU threads, 0 leaves PyTorch's choice
+    channels=512,          # of the attention table
+    compiled=False,        # latency: also torch.compile
+    onnx=True,             # latency: also onnxruntime, on a CPU
+    sizes=((640, 640), (1088, 1920)),                                                 # latency
+)
+run = types.SimpleNamespace()                                                         # they stand here once configured
 out_dir = os.path.join('out', 'bench')
-if threads:
-    torch.set_num_threads(threads)
 
 
 def sync():
-    if device.startswith('cuda'):
+    if run.device.startswith('cuda'):
         torch.cuda.synchronize()
 
 
@@ -58,7 +60,7 @@ def timed(f, n=None):
     for _ in range(2):
         f()
     seconds = []
-    for _ in range(n or repeats):
+    for _ in range(n or run.repeats):
         sync()
         t = time.perf_counter()
         f()
@@ -110,13 +112,23 @@ def table(name, rows):
     print(f'-> {out_dir}/{name}.csv\n')
 
 
-def make(attn, K=80, size=None):
+def model_config(attn, K=80):
+    return HSVDETConfig(scale=run.scale, num_classes=K, attn=attn, k=run.k, select=run.select, gate=run.gate,
+                        heads=run.heads, pos=run.pos, one2one=run.one2one)
+
+
+def training_set(cache_mb):
+    strengths = dict(mosaic=run.mosaic, mixup=run.mixup, scale=run.scale_aug, translate=run.translate,
+                     hsv=(run.hsv_h, run.hsv_s, run.hsv_v), flip=run.flip, block=run.mosaic_block)
+    return DetectionDataset(run.train_data, run.train_images, shape(), strengths, run.seed, cache_mb)
+
+
+def make(attn, K=80):
     torch.manual_seed(0)
-    cfg = HSVDETConfig(scale=scale, num_classes=K, attn=attn, k=k, select=select, gate=gate, heads=heads, pos=pos, one2one=one2one)
-    model = HSVDET(cfg)
+    model = HSVDET(model_config(attn, K))
     for block in model.blocks().values():
         block.gate.data.fill_(0.5)
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(run.device, memory_format=torch.channels_last)
 
 
 def bench_attention():
@@ -125,23 +137,26 @@ def bench_attention():
     for H, W in ((640, 640), (736, 1280), (1088, 1920), (1440, 2560), (2176, 3840)):
         for level, stride in (('P5', 32), ('P4', 16)):
             h, w = H // stride, W // stride
-            x = torch.randn(1, channels, h, w, device=device).to(memory_format=torch.channels_last)
+            x = torch.randn(1, run.channels, h, w, device=run.device).to(memory_format=torch.channels_last)
             torch.manual_seed(0)
-            block = SparseGlobalBlockGated(channels, k, select, heads, pos).to(device).eval()
-            full = SparseGlobalBlockGated(channels, 0, 'l2sq', heads, pos).to(device).eval()
+            block = SparseGlobalBlockGated(run.channels, run.k, run.select, run.heads, run.pos).to(run.device).eval()
+            full = SparseGlobalBlockGated(run.channels, 0, 'l2sq', run.heads, run.pos).to(run.device).eval()
             full.load_state_dict(block.state_dict(), strict=False)
             block.gate.data.fill_(0.5)
             full.gate.data.fill_(0.5)
             row = dict(image=f'{W}x{H}', level=level, N=h * w)
             with torch.no_grad():
-                ways = {'plain': block.plain, 'fast': copy.deepcopy(block).fold() if heads == 1 else block, 'full': full.fold() if heads == 1 else full}
+                fast = copy.deepcopy(block)
+                if run.heads == 1:
+                    fast.fold(), full.fold()
+                ways = {'plain': block.plain, 'fast': fast, 'full': full}
                 for name, f in ways.items():
                     with FlopCounterMode(display=False) as counter:
                         f(x)
                     row[f'{name} GFLOPs'] = counter.get_total_flops() / 1e9
                 for name, f in ways.items():
                     slow = name == 'full' and h * w > 9000
-                    row[f'{name} ms'] = timed(lambda f=f: f(x), 3 if slow else repeats) * 1e3
+                    row[f'{name} ms'] = timed(lambda f=f, x=x: f(x), 3 if slow else run.repeats) * 1e3
                 for name, f in ways.items():
                     with LiveMemory(x) as memory:
                         f(x)
@@ -162,7 +177,7 @@ def bench_attention():
         for name, colour in (('full', 'C3'), ('plain', 'C1'), ('fast', 'C0')):
             some = [r for r in rows if r['level'] == level]
             ax.plot([r['N'] for r in some], [r[f'{name} ms'] for r in some], style, color=colour, marker='.', label=f'{name} {level}')
-    ax.set(xscale='log', yscale='log', xlabel='tokens N', ylabel='ms', title=f'c = {channels}, k = {k}, float32, batch 1, {device}')
+    ax.set(xscale='log', yscale='log', xlabel='tokens N', ylabel='ms', title=f'c = {run.channels}, k = {run.k}, float32, batch 1, {run.device}')
     ax.grid(alpha=0.3, which='both')
     ax.legend(ncols=2)
     fig.tight_layout()
@@ -173,9 +188,9 @@ def bench_attention():
 def bench_latency():
     """One image through the inference form. Parts are timed by hooks around the layers, post is decode and NMS at 0.25."""
     rows = []
-    for H, W in sizes:
-        x = torch.rand(1, 3, H, W, device=device).to(memory_format=torch.channels_last)
-        models = {attn: make(attn).fuse() for attn in dict.fromkeys(('---', attn))}
+    for H, W in run.sizes:
+        x = torch.rand(1, 3, H, W, device=run.device).to(memory_format=torch.channels_last)
+        models = {attn: make(attn).fuse() for attn in dict.fromkeys(('---', run.attn))}
         runs = {}
         with torch.no_grad():
             for name, model in models.items():
@@ -199,7 +214,7 @@ def bench_latency():
                     hooks.append(module.register_forward_hook(lambda m, a, o, layer=layer, f=after: f(m, a, o, layer)))
                 runs[name] = (model, spent, hooks)
             samples = {name: [] for name in models}
-            for i in range(repeats + 2):                                              # in turn, so that drift hits all alike
+            for i in range(run.repeats + 2):                                          # in turn, so that drift hits all alike
                 for name, (model, spent, _) in runs.items():
                     spent.clear()
                     maps, _ = model(x)
@@ -219,20 +234,20 @@ def bench_latency():
                 row['all ms'] = statistics.median(sum(s.values()) for s in samples[name]) * 1e3
                 rows.append(row)
                 empty = {f'{part} ms': '' for part in parts}
-                if compiled:
+                if run.compiled:
                     fast = torch.compile(model)
-                    rows.append(dict(image=f'{W}x{H}', attn=name, how='compiled', **empty) | {'all ms': timed(lambda fast=fast: fast(x)) * 1e3})
-                if onnx and device == 'cpu':
+                    ms = timed(lambda fast=fast, x=x: fast(x)) * 1e3
+                    rows.append(dict(image=f'{W}x{H}', attn=name, how='compiled', **empty) | {'all ms': ms})
+                if run.onnx and run.device == 'cpu':
                     seconds = onnx_seconds(model, x)
                     if seconds:
                         rows.append(dict(image=f'{W}x{H}', attn=name, how='onnxruntime', **empty) | {'all ms': seconds * 1e3})
-    table(f'latency_{scale}', rows)
+    table(f'latency_{run.scale}', rows)
 
 
 def onnx_seconds(model, x):
     try:
         import onnxruntime
-
         from export import export_onnx
     except ImportError as e:
         print(f'no ONNX row: {e}; pip install onnx onnxruntime onnxscript')
@@ -257,9 +272,9 @@ def bench_nms():
         which = torch.randint(0, objects, (P,), generator=g)
         jitter = torch.randn(P, 2, 2, generator=g) * 0.08
         c, s = centre[which] + jitter[:, 0] * size[which], size[which] * (1 + jitter[:, 1]).clamp(0.3)
-        boxes = torch.cat((c - s / 2, c + s / 2), 1).to(device)
-        scores = torch.rand(P, generator=g).square().to(device)
-        labels = torch.randint(0, 80, (objects,), generator=g)[which].to(device)
+        boxes = torch.cat((c - s / 2, c + s / 2), 1).to(run.device)
+        scores = torch.rand(P, generator=g).square().to(run.device)
+        labels = torch.randint(0, 80, (objects,), generator=g)[which].to(run.device)
         with LiveMemory() as memory:
             kept = len(nms(boxes, scores, labels, 0.7, 300))
         row = dict(candidates=P, kept=kept)
@@ -271,17 +286,17 @@ def bench_nms():
 
 
 def shape():
-    return (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
+    return (run.imgsz, run.imgsz) if isinstance(run.imgsz, int) else tuple(run.imgsz)
 
 
 def bench_train():
     """Where a training step's time goes. Loading is one thread's time; with a loader process it runs beside the rest."""
-    name = dtype if dtype != 'auto' else 'bfloat16' if device != 'cpu' or torch.cpu._is_avx512_bf16_supported() else 'float32'
-    strengths = dict(mosaic=mosaic, mixup=mixup, scale=scale_aug, translate=translate, hsv=(hsv_h, hsv_s, hsv_v), flip=flip)
-    data = DetectionDataset(train_data, train_images, shape(), strengths, seed, cache_mb)
-    model = make(attn, len(data.names)).train()
+    quick = run.device != 'cpu' or torch.cpu._is_avx512_bf16_supported()
+    name = run.dtype if run.dtype != 'auto' else 'bfloat16' if quick else 'float32'
+    data = training_set(run.cache_mb)
+    model = make(run.attn, len(data.names)).train()
     ema = copy.deepcopy(model).requires_grad_(False)
-    step = torch.optim.AdamW(model.param_groups(1e-3, weight_decay), fused=True)
+    step = torch.optim.AdamW(model.param_groups(1e-3, run.weight_decay), fused=True)
     spent = {}
 
     @contextlib.contextmanager
@@ -292,12 +307,12 @@ def bench_train():
         sync()
         spent.setdefault(part, []).append(time.perf_counter() - t)
 
-    for i in range(repeats + 3):
+    for i in range(run.repeats + 3):
         with clock('load'):
-            batch = collate([data[0, (i * batch_size + j) % len(data)] for j in range(batch_size)])
-        images = batch['images'].to(device).to(memory_format=torch.channels_last).float() / 255
-        targets = dict(labels=batch['labels'].to(device), boxes=batch['boxes'].to(device))
-        with clock('forward'), torch.autocast(device.split(':')[0], getattr(torch, name), enabled=name != 'float32'):
+            batch = collate([data[0, (i * run.batch_size + j) % len(data)] for j in range(run.batch_size)])
+        images = batch['images'].to(run.device).to(memory_format=torch.channels_last).float() / 255
+        targets = dict(labels=batch['labels'].to(run.device), boxes=batch['boxes'].to(run.device))
+        with clock('forward'), torch.autocast(run.device.split(':')[0], getattr(torch, name), enabled=name != 'float32'):
             maps, _ = model(images)
         with clock('assign + loss'):
             loss = sum(detection_loss(maps, targets).values())
@@ -311,9 +326,9 @@ def bench_train():
                                  [p for p in model.state_dict().values() if p.is_floating_point()], 0.01)
     rows = [dict(part=part, ms=statistics.median(s[3:]) * 1e3) for part, s in spent.items()]
     all_ms = sum(r['ms'] for r in rows)
-    rows = [dict(r, share=f'{r["ms"] / all_ms:.0%}', **{'images/s': batch_size / r['ms'] * 1e3}) for r in rows]
-    rows.append({'part': 'all, one after the other', 'ms': all_ms, 'share': '100%', 'images/s': batch_size / all_ms * 1e3})
-    print(f'HSV-DET-{scale} attn={attn}, {shape()[0]}x{shape()[1]}, batch {batch_size}, {name}, {train_data}')
+    rows = [dict(r, share=f'{r["ms"] / all_ms:.0%}', **{'images/s': run.batch_size / r['ms'] * 1e3}) for r in rows]
+    rows.append({'part': 'all, one after the other', 'ms': all_ms, 'share': '100%', 'images/s': run.batch_size / all_ms * 1e3})
+    print(f'HSV-DET-{run.scale} attn={run.attn}, {shape()[0]}x{shape()[1]}, batch {run.batch_size}, {name}, {run.train_data}')
     table('train', rows)
 
 
@@ -323,18 +338,18 @@ def bench_memory():
     needed. On a GPU the measured peak of the real step stands beside it, under memory_cap_gb if that is set.
     """
     H, W = shape()
-    half = dtype != 'float32'
-    micro = batch_size // accum
+    half = run.dtype != 'float32'
+    micro = run.batch_size // run.accum
     rows = []
-    for letters in dict.fromkeys(('---', attn)):
+    for letters in dict.fromkeys(('---', run.attn)):
         with torch.device('meta'):
-            model = HSVDET(HSVDETConfig(scale=scale, attn=letters, k=k, select=select, gate=gate, heads=heads, pos=pos, one2one=one2one)).train()
+            model = HSVDET(model_config(letters)).train()
             images = torch.empty(micro, 3, H, W)
         count = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if half:                                                                      # stands in for autocast, which meta tensors do not know:
             model, images = model.bfloat16(), images.bfloat16()                       # activations in 2 bytes, and the weights' 2-byte copies
-        model.checkpointing = checkpointing
+        model.checkpointing = run.checkpointing
         with LiveMemory(*model.parameters(), *model.buffers()) as memory:
             maps, _ = model(images)
             kept = memory.live
@@ -345,29 +360,30 @@ def bench_memory():
         row['peak of forward + backward'] = memory.peak - trained * (2 if half else 4)
         row['all'] = sum(row[name] for name in ('parameters', 'EMA', 'optimizer', 'gradients', 'peak of forward + backward')) + count * 2 * half
         row = {name: value if name == 'attn' else value / 2 ** 20 for name, value in row.items()}
-        if device.startswith('cuda'):
+        if run.device.startswith('cuda'):
             row['measured'] = cuda_peak(letters, micro, H, W)
         rows.append(row)
-    print(f'MiB; HSV-DET-{scale}, {H}x{W}, {accum} micro-batches of {micro}, checkpointing {checkpointing}, {"2-byte activations" if half else "float32"}')
+    print(f'MiB; HSV-DET-{run.scale}, {H}x{W}, {run.accum} micro-batches of {micro}, checkpointing {run.checkpointing}, '
+          f'{"2-byte activations" if half else "float32"}')
     table('memory', rows)
     if len(rows) > 1:
         print(f'the blocks: {rows[1]["kept activations"] - rows[0]["kept activations"]:.0f} MiB of activations, {rows[1]["all"] - rows[0]["all"]:.0f} MiB in all')
 
 
 def cuda_peak(letters, micro, H, W):
-    if memory_cap_gb:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_cap_gb * 2 ** 30 / torch.cuda.get_device_properties(device).total_memory))
+    if run.memory_cap_gb:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, run.memory_cap_gb * 2 ** 30 / torch.cuda.get_device_properties(run.device).total_memory))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     model = make(letters).train()
-    model.checkpointing = checkpointing
+    model.checkpointing = run.checkpointing
     ema = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.param_groups(1e-3, weight_decay), fused=True)
-    corner = torch.rand(micro, 50, 2, device=device) * torch.tensor([W, H], device=device) * 0.8
-    targets = dict(labels=torch.zeros(micro, 50, dtype=torch.long, device=device), boxes=torch.cat((corner, corner + 60), -1))
+    optimizer = torch.optim.AdamW(model.param_groups(1e-3, run.weight_decay), fused=True)
+    corner = torch.rand(micro, 50, 2, device=run.device) * torch.tensor([W, H], device=run.device) * 0.8
+    targets = dict(labels=torch.zeros(micro, 50, dtype=torch.long, device=run.device), boxes=torch.cat((corner, corner + 60), -1))
     for _ in range(2):
         with torch.autocast('cuda', torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16):
-            _, losses = model(torch.rand(micro, 3, H, W, device=device).to(memory_format=torch.channels_last), targets)
+            _, losses = model(torch.rand(micro, 3, H, W, device=run.device).to(memory_format=torch.channels_last), targets)
         sum(losses.values()).backward()
         optimizer.step()
     del ema
@@ -378,9 +394,8 @@ def bench_loader():
     """Augmented samples per second, one process, one thread."""
     torch.set_num_threads(1)
     rows = []
-    strengths = dict(mosaic=mosaic, mixup=mixup, scale=scale_aug, translate=translate, hsv=(hsv_h, hsv_s, hsv_v), flip=flip, block=mosaic_block)
-    for cache in (0, cache_mb):
-        data = DetectionDataset(train_data, train_images, shape(), strengths, seed, cache)
+    for cache in (0, run.cache_mb):
+        data = training_set(cache)
         rng = np.random.default_rng(0)
         for epoch in range(2 if cache else 1):                                        # the cache fills in the first
             order = rng.permutation(len(data))[:400]
@@ -389,14 +404,21 @@ def bench_loader():
                 data[epoch, int(i)]
             seconds = time.perf_counter() - t
         rows.append({'cache MiB': cache, 'samples': len(order), 'samples/s': len(order) / seconds, 'ms a sample': seconds / len(order) * 1e3})
-    print(f'{train_data}, {shape()[0]}x{shape()[1]}, mosaic {mosaic}')
+    print(f'{run.train_data}, {shape()[0]}x{shape()[1]}, mosaic {run.mosaic}')
     table('loader', rows)
 
 
 if __name__ == '__main__':
+    run = types.SimpleNamespace(**configure(knobs, 'what'))
+    if run.device == 'auto':
+        run.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if run.threads:
+        torch.set_num_threads(run.threads)
     benches = dict(attention=bench_attention, latency=bench_latency, nms=bench_nms, train=bench_train, memory=bench_memory, loader=bench_loader)
-    if what not in benches:
-        raise InputError(f'python bench.py needs one of: {" ".join(benches)}' + (f'; got {what!r}' if what else ''))
-    machine = torch.cuda.get_device_name(device) if device.startswith('cuda') else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+    if run.what not in benches:
+        raise InputError(f'python bench.py needs one of: {" ".join(benches)}' + (f'; got {run.what!r}' if run.what else ''))
+    machine = f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+    if run.device.startswith('cuda'):
+        machine = torch.cuda.get_device_name(run.device)
     print(f'{machine}; torch {torch.__version__}, Python {sys.version.split()[0]}, {time.strftime("%Y-%m-%d")}\n')
-    benches[what]()
+    benches[run.what]()

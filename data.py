@@ -243,11 +243,12 @@ def jitter_colour(image, boxes, labels, rng, hsv):
     matrix = (1 + v) * ((1 + s) * np.eye(3) - s * luma) @ turn
     # 16-bit fixed point takes half the time of float32; it gets as many bits as the largest sum leaves room for
     bits = int(math.log2(32000 / 255 / max(np.abs(matrix).sum(1).max(), 0.1)))
-    weights = np.rint(matrix * 2**bits).astype(int).tolist()
+    weights = np.rint(matrix * 2**bits)
+    weights += np.diag(np.rint((1 + v) * 2**bits) - weights.sum(1))    # rounding must not tint what is grey
     out = torch.empty_like(image)
     for y in range(0, image.shape[1], 128):                            # in bands that stay in the processor's cache
         red, green, blue = image[:, y:y + 128].short()                 # (128, W) each
-        for channel, (r, g, b) in enumerate(weights):
+        for channel, (r, g, b) in enumerate(weights.astype(int).tolist()):
             total = (red * r).add_(green, alpha=g).add_(blue, alpha=b).add_(2**bits // 2)
             out[channel, y:y + 128] = total.bitwise_right_shift_(bits).clamp_(0, 255)
     return out, boxes, labels
@@ -273,7 +274,7 @@ def read_coco(path):
     for key, fields in (('images', ('id', 'file_name')), ('annotations', ()), ('categories', ('id', 'name'))):
         entries = data.get(key) if isinstance(data, dict) else None
         if not isinstance(entries, list):
-            raise InputError(f'{path} is not a COCO annotation file, it has no list "{key}": give the json that has images, annotations and categories')
+            raise InputError(f'{path} is not a COCO annotation file, it has no list "{key}": give the json with images, annotations, categories')
         for entry in entries:
             if not isinstance(entry, dict) or any(field not in entry for field in fields):
                 raise InputError(f'{path}: {str(entry)[:80]} in "{key}" lacks {" or ".join(fields)}: mend that entry')
@@ -480,19 +481,18 @@ class DetectionDataset:
                 values, where = floats(line.split()), f'{txt}, line {number}'
                 if not line.strip():
                     continue
-                # class cx cy w h; or class x1 y1 x2 y2 x3 y3 ..., an outline, of which we take the extent
-                if not (len(values) == 5 or len(values) > 6 and len(values) % 2) or values[0] < 0 or values[0] % 1:
+                if len(values) < 5 or len(values) % 2 == 0 or values[0] < 0 or values[0] % 1:
                     self.problem('malformed line', f'{where}: "{line.strip()[:60]}" is not "class cx cy w h", dropped')
                     continue
                 label = label_of.get(int(values[0]), -1) if own else int(values[0])
                 if label < 0 or names and label >= len(names):
                     self.problem('unknown category', f'{where} has class {int(values[0])} of {len(own or names)}, dropped')
                     continue
-                points = np.array(values[1:]).reshape(-1, 2)
-                if len(values) == 5:
-                    points = points[0] + np.array([[-0.5], [0.5]]) * points[1]
-                rows.append((label, *(points.min(0) * size), *(points.max(0) * size), where) if len(values) > 5 else
-                            (label, *(points[0] * size), *(points[1] * size), where))
+                points = np.array(values[1:]).reshape(-1, 2)           # (2, 2): centre and size; (n, 2): an outline
+                low, high = points[0] - points[1] / 2, points[0] + points[1] / 2
+                if len(points) > 2:
+                    low, high = points.min(0), points.max(0)
+                rows.append((label, *(low * size), *(high * size), where))
             self.image_ids.append(len(self.files))
             self.files.append(file)
             self.sizes.append(size)
@@ -535,7 +535,7 @@ class DetectionDataset:
     def coco(self):
         """The ground truth as pycocotools wants it: a COCO file as it is, crowds too; a YOLO set converted."""
         if not self.is_coco:
-            images = [dict(id=i, file_name=file, width=int(w), height=int(h)) for i, (file, (w, h)) in enumerate(zip(self.files, self.sizes, strict=True))]
+            images = [dict(id=i, file_name=self.files[i], width=w, height=h) for i, (w, h) in enumerate(self.sizes.tolist())]
             annotations = [dict(image_id=i, category_id=int(label), bbox=[float(v) for v in (x1, y1, x2 - x1, y2 - y1)])
                            for i in range(len(self)) for label, (x1, y1, x2, y2) in zip(self.labels[i], self.boxes[i], strict=True)]
             data = dict(images=images, annotations=annotations, categories=[dict(id=i, name=name) for i, name in enumerate(self.names)])
@@ -615,7 +615,7 @@ class DetectionDataset:
 
     def __getitem__(self, key):
         """key: (epoch, index), or an index, which is of epoch 0. The whole recipe, in its order."""
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = map(int, key if isinstance(key, tuple) else (0, key))
         a, rng = self.augment, np.random.default_rng((self.seed, epoch, index))
 
         def a_scene(index, image=None):
@@ -730,7 +730,7 @@ def draw_shapes(rng, size=256):
     for _ in range(rng.integers(3, 26)):
         for _ in range(12):
             kind, (cx, cy) = int(rng.integers(len(SHAPES))), rng.uniform(0, size, 2)
-            radius = 4 * (110 / 8) ** rng.random() ** 0.75             # 8..110 px across, log-uniform but for fewer tiny ones
+            radius = 4 * (110 / 8) ** rng.random() ** 0.65             # 8..110 px across, log-uniform but for fewer tiny ones
             points = outline(SHAPES[kind], rng.uniform(0, 2 * math.pi)) * radius + (cx, cy)
             x1, y1, x2, y2 = *points.min(0), *points.max(0)
             left, top, right, bottom = math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)
@@ -1025,11 +1025,13 @@ def coco_command(command, options):
 # ------------------------------------------------------------------------------------------ command line
 
 def sheet(pictures, names, columns=4):
-    """[(PIL.Image of one size, boxes, labels)] -> one picture of them all, boxes drawn."""
-    w, h = pictures[0][0].size
-    page = Image.new('RGB', (min(columns, len(pictures)) * w, -(-len(pictures) // columns) * h), (GREY,) * 3)
+    """[((3, h, w) uint8 of one size, boxes, labels)] -> one picture of them all, large enough to read, boxes drawn."""
+    _, h, w = pictures[0][0].shape
+    zoom = max(1, round(480 / w))
+    page = Image.new('RGB', (min(columns, len(pictures)) * w * zoom, -(-len(pictures) // columns) * h * zoom))
     for n, (image, boxes, labels) in enumerate(pictures):
-        page.paste(draw_boxes(image, boxes, labels, names), (n % columns * w, n // columns * h))
+        large = to_image(image).resize((w * zoom, h * zoom), Image.NEAREST)
+        page.paste(draw_boxes(large, boxes * zoom, labels, names), (n % columns * w * zoom, n // columns * h * zoom))
     return page
 
 
@@ -1046,7 +1048,7 @@ def check(source, images='', out='out/check.png'):
     """A few lines about a dataset, every defect by kind with an example, and a picture of sixteen of its images."""
     data = DetectionDataset(source, images, imgsz=480, cache_mb=0)
     n, boxes, labels = len(data), np.concatenate(data.boxes), np.concatenate(data.labels)
-    good, sides, start = [], [], time.time()
+    good, start = [], time.time()
     for i in range(n):                                                 # decode all: a header says little about the rest
         if data.read(i) is not None:
             good.append(i)
@@ -1055,7 +1057,7 @@ def check(source, images='', out='out/check.png'):
     counts = np.array([len(b) for b in data.boxes])
     sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))             # (N,) as COCO counts sizes: the root of the area
     edges = [0, 8, 16, 32, 64, 96, 128, 256, np.inf]
-    shares = np.histogram(sides, edges)[0] / len(sides)
+    shares = np.histogram(sides, edges)[0] / len(sides)                # by octaves, and COCO's own edges
     overlap = np.concatenate([largest_overlap(b) for b in data.boxes])
     w, h = data.sizes.T
     print(f'{source}: {n} images, {(counts == 0).sum()} of them without objects, {len(boxes)} objects, {len(data.names)} classes')
@@ -1065,13 +1067,14 @@ def check(source, images='', out='out/check.png'):
     print('objects    ' + ', '.join(ranked if len(ranked) <= 24 else ranked[:12] + ['...'] + ranked[-6:]))
     print('per image  ' + ', '.join(f'{q} % have up to {np.quantile(counts, q / 100):.0f}' for q in (10, 50, 90)) + f', most {counts.max()}')
     print('side       ' + ', '.join(f'{edges[i]}-{edges[i + 1]} px {share:.0%}'.replace('-inf', '+') for i, share in enumerate(shares) if share))
-    print(f'COCO size  small (< 32 px) {(sides < 32).mean():.1%}, medium {((sides >= 32) & (sides < 96)).mean():.1%}, large (>= 96 px) {(sides >= 96).mean():.1%}')
+    small, large = (sides < 32).mean(), (sides >= 96).mean()
+    print(f'COCO size  small (below 32 px) {small:.1%}, medium {1 - small - large:.1%}, large (from 96 px) {large:.1%}')
     print('crowding   ' + ', '.join(f'{(overlap > t).mean():.1%} overlap another by IoU > {t}' for t in (0.1, 0.3, 0.5)))
     print('defects    ' + ('none' if not data.problems else ''))
     for kind, (count, example) in data.problems.items():
         print(f'  {count} x {kind}, such as {example}')
     chosen = [good[i] for i in np.linspace(0, len(good) - 1, min(16, len(good))).round().astype(int)]
-    write_picture(sheet([(to_image(s['image']), s['boxes'], s['labels']) for s in (data[i] for i in chosen)], data.names), out)
+    write_picture(sheet([(s['image'], s['boxes'], s['labels']) for s in (data[i] for i in chosen)], data.names), out)
 
 
 def largest_overlap(boxes):
@@ -1100,14 +1103,17 @@ def show(config, settings, out='out/show.png'):
     for name, text in settings.items():
         if name not in k:
             raise InputError(f'--{name}={text}: unknown setting; the settings are the names at the top of train.py')
-        k[name] = text if isinstance(k[name], str) else ast.literal_eval(text)
+        try:
+            k[name] = text if isinstance(k[name], str) else ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            raise InputError(f'--{name}={text}: must be of the kind of {k[name]!r}') from None
     if k['make_data'] == 'shapes' and not os.path.exists(k['train_data']):
         make_shapes(os.path.dirname(k['train_data']))
     augment = dict(mosaic=k['mosaic'], mixup=k['mixup'], scale=k['scale_aug'], translate=k['translate'],
                    hsv=(k['hsv_h'], k['hsv_s'], k['hsv_v']), flip=k['flip'], block=k['mosaic_block'])
     data = DetectionDataset(k['train_data'], k['train_images'], k['imgsz'], augment, k['seed'], k['cache_mb'])
     samples = [data[(0, int(i))] for i in data.order(0)[:k['batch_size']]]
-    write_picture(sheet([(to_image(s['image']), s['boxes'], s['labels']) for s in samples], data.names), out)
+    write_picture(sheet([(s['image'], s['boxes'], s['labels']) for s in samples], data.names), out)
 
 
 def main(args):
@@ -1118,12 +1124,14 @@ def main(args):
     command = words[0] if words else ''
     wrong = next((w for w in words[1 + (command in ('check', 'show')):]), None)
     if command not in takes or wrong or (command in ('check', 'show') and len(words) < 2):
-        raise InputError(f'{wrong or command or "no command"} is not understood: python data.py ' + '|'.join(
-            ('shapes [--out=DIR]', 'coco20', 'coco', 'check PATH [--images=DIR]', 'show config/NAME.py [--key=value]')))
+        raise InputError(f'{wrong or command or "no command"} is not understood; there are: python data.py shapes, coco20, coco, '
+                         'check PATH, show config/NAME.py')
     for name in options:
         if takes[command] is not None and name not in takes[command]:
             raise InputError(f'--{name}: python data.py {command} takes ' + ' and '.join(f'--{n}=' for n in takes[command]))
     if command == 'shapes':
+        if not options.get('seed', '0').isdigit():
+            raise InputError(f'--seed={options["seed"]}: must be a whole number')
         make_shapes(options.get('out', 'data/shapes'), seed=int(options.get('seed', 0)))
     elif command == 'check':
         check(words[1], **options)

@@ -31,11 +31,11 @@ import time
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from configurator import configure
-from data import SUFFIXES, InputError, draw_boxes, letterbox, load_image
-from eval import batch_shape, input_shape, load_model, predict, undo_letterbox
+from data import GREY, SUFFIXES, InputError, draw_boxes, letterbox, load_image, rect_shape
+from eval import input_shape, load_model, predict, undo_letterbox
 from model import HSVDET
 
 source = ''                         # image, folder, 'glob*', or list.txt
@@ -60,7 +60,7 @@ def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, 
     shape, groups = input_shape(model, imgsz), collections.defaultdict(list)
     for i, image in enumerate(images):
         size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-        fits = shape if getattr(model, 'fixed', None) or isinstance(imgsz, tuple) else batch_shape(np.array([size]), max(shape))
+        fits = shape if getattr(model, 'fixed', None) or isinstance(imgsz, tuple) else rect_shape([size], max(shape), pad=0)
         groups[fits].append((i, size, *letterbox(image, fits)))
     results = [None] * len(images)
     for group in groups.values():
@@ -85,7 +85,7 @@ def list_images(source):
     else:
         files = [source] if os.path.isfile(source) else sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
     if not files:
-        raise InputError(f'no images in {source}' if os.path.isdir(source) else f'{source} not found: give an image, a folder, a glob in quotes or a list.txt')
+        raise InputError(f"{source}: no image there, give an image, a folder, a 'glob*' in quotes or a list.txt")
     return files
 
 
@@ -105,7 +105,7 @@ def output_names(files):
 def draw_tokens(model, image, path, **settings):
     """
     For each sparse block a picture path_pN.jpg of the network's input, padding included. Left: the cells that were
-    selected stay light. Right: how much the cell nearest to the best object's centre attends to each of them.
+    selected stay light. Right, in red: how much the one nearest to the best object's centre (white) attends to each.
     """
     seen = {}
     hooks = [block.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]})) for name, block in model.blocks().items()]
@@ -121,9 +121,8 @@ def draw_tokens(model, image, path, **settings):
         selected, weights = selected[0].cpu().numpy(), weights[0].mean(0).cpu().numpy()       # (k,), (k, k)
         _, _, h, w = x.shape
         stride = 2 ** int(name[1])
-        size, (H, W) = image.size, (h * stride, w * stride)
-        _, scale, corner = letterbox(image, (H, W))
-        canvas = Image.new('RGB', (round(W / scale), round(H / scale)), (114, 114, 114))
+        _, scale, corner = letterbox(image, (h * stride, w * stride))
+        canvas = Image.new('RGB', (round(w * stride / scale), round(h * stride / scale)), (GREY,) * 3)
         offset = round(corner[0] / scale), round(corner[1] / scale)
         canvas.paste(image, offset)
 
@@ -135,29 +134,28 @@ def draw_tokens(model, image, path, **settings):
         chosen = np.zeros(h * w)
         chosen[selected] = 1
         panels, said = [shade(0.7 * (1 - chosen), (0, 0, 0))], ''
-        cy, cx = (np.stack(np.divmod(np.arange(h * w), w)) + 0.5) * stride            # (N,) centres in network pixels
-        outside = (cx < corner[0]) | (cy < corner[1]) | (cx > corner[0] + size[0] * scale) | (cy > corner[1] + size[1] * scale)
+        centres = (np.stack(np.divmod(np.arange(h * w), w)[::-1], 1) + 0.5) * stride          # (N, 2) x, y in network pixels
+        padding = ((centres < corner) | (centres > corner + np.array(image.size) * scale)).any(1)
         if len(rows):
-            x1, y1, x2, y2 = rows[0, :4] * scale + np.tile(corner, 2)
-            nearest = np.hypot(cx[selected] - (x1 + x2) / 2, cy[selected] - (y1 + y2) / 2).argmin()
-            heat = np.zeros(h * w)
+            middle = (rows[0, :2] + rows[0, 2:4]) / 2 * scale + corner
+            nearest, heat = ((centres[selected] - middle) ** 2).sum(1).argmin(), np.zeros(h * w)
             heat[selected] = weights[nearest]
-            label = int(rows[0, 5])
-            panel = shade(0.9 * heat / heat.max(), (255, 40, 0), canvas=shade(np.full(h * w, 0.5), (0, 0, 0)))
-            panels.append(draw_boxes(panel, rows[:1, :4] + np.tile(offset, 2), [label], model.names, rows[:1, 4]))
-            said = f'; attention of {model.names[label]} {rows[0, 4]:.2f}: the largest weight is {heat.max() * len(selected):.1f} times the even one'
+            panel = shade(0.8 * heat / heat.max(), (255, 40, 0), canvas=shade(np.full(h * w, 0.4), (0, 0, 0)))
+            panel = draw_boxes(panel, rows[:1, :4] + np.tile(offset, 2), rows[:1, 5], model.names, rows[:1, 4])
+            x, y = (centres[selected[nearest]] - stride / 2) / scale
+            ImageDraw.Draw(panel).rectangle((x, y, x + stride / scale, y + stride / scale), outline='white', width=2)
+            panels.append(panel)
+            said = f'; the one at the best object looks at one of them {heat.max() * len(selected):.1f} times as hard as at the average'
         sheet = Image.new('RGB', (canvas.width * len(panels), canvas.height))
         for i, panel in enumerate(panels):
             sheet.paste(panel, (i * canvas.width, 0))
         sheet.save(f'{path}_{name}.jpg', quality=92)
-        print(f'\n{path}_{name}.jpg: {len(selected)} of {h * w} cells selected, {int(chosen[outside].sum())} of them among the {int(outside.sum())} of padding{said}')
+        print(f'\n{path}_{name}.jpg: {len(selected)} of {h * w} cells selected, {chosen[padding].sum():.0f} of {padding.sum()} in the padding{said}')
 
 
 def main():
     files = list_images(source)
     model = load_model(weights, device)
-    if isinstance(model, HSVDET):
-        model.fuse()
     if tokens and not (isinstance(model, HSVDET) and model.blocks()):
         raise InputError(f'--tokens=True: {weights} has no sparse blocks to look into, give a .pt trained with attn such as -SS')
     settings = dict(imgsz=imgsz, batch_size=batch_size, conf=conf, nms_iou=nms_iou, max_det=max_det, nms=nms, dtype=dtype, device=device)
@@ -170,7 +168,7 @@ def main():
         raise InputError(f'--out_dir={out_dir} cannot be written ({e.strerror}): name another') from None
     names = output_names(files)
     ids = [int(name) for name in names] if all(name.isdecimal() for name in names) else list(range(1, len(files) + 1))
-    found, unreadable, count, done, start = [], [], 0, 0, time.perf_counter()
+    found, unreadable, done, start = [], [], 0, time.perf_counter()
 
     def read(file):
         try:
@@ -190,24 +188,27 @@ def main():
                     print(f'\nskipped: {e}', file=sys.stderr)
             loaded = [(i, image) for i, image in loaded if not isinstance(image, InputError)]
             for (i, image), rows in zip(loaded, detect_images(model, [image for _, image in loaded], **settings), strict=True):
-                (w, h), path, count = image.size, os.path.join(out_dir, names[i]), count + len(rows)
+                (w, h), path = image.size, os.path.join(out_dir, names[i])
                 if save_images:
                     draw_boxes(image, rows[:, :4], rows[:, 5], model.names, rows[:, 4]).save(f'{path}.jpg', quality=92)
                 if tokens:
                     draw_tokens(model, image, path, **settings)
+                lines = []
+                for x1, y1, x2, y2, score, label in rows.tolist():
+                    shares = (x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h
+                    lines.append(f'{int(label)} {" ".join(f"{v:.6f}" for v in shares)} {score:.5f}\n')
+                    found.append(dict(image_id=ids[i], category_id=int(label) + 1, bbox=[round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)],
+                                      score=round(score, 6), file_name=os.path.basename(files[i]), category=model.names[int(label)]))
                 if save_txt:
                     with open(os.path.join(out_dir, 'labels', f'{names[i]}.txt'), 'w', encoding='utf-8') as f:
-                        for x1, y1, x2, y2, score, label in rows:
-                            f.write(f'{int(label)} {(x1 + x2) / 2 / w:.6f} {(y1 + y2) / 2 / h:.6f} {(x2 - x1) / w:.6f} {(y2 - y1) / h:.6f} {score:.5f}\n')
-                found += [dict(image_id=ids[i], category_id=int(label) + 1, bbox=[round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)], score=round(score, 6),
-                               file_name=os.path.basename(files[i]), category=model.names[int(label)])
-                          for x1, y1, x2, y2, score, label in rows.tolist()] if save_json else []
+                        f.writelines(lines)
             done, spent = done + len(chunk), time.perf_counter() - start
-            print(f'\r{done}/{len(files)} images, {count} objects, {done / spent:.1f} images/s, {spent / done * (len(files) - done):.0f} s left  ', end='', flush=True)
+            left = spent / done * (len(files) - done)
+            print(f'\r{done}/{len(files)} images, {len(found)} objects, {done / spent:.1f} images/s, {left:.0f} s left  ', end='', flush=True)
     if save_json:
         with open(os.path.join(out_dir, 'detections.json'), 'w', encoding='utf-8') as f:
             json.dump(found, f)
-    print(f'\n{out_dir}: {len(files) - len(unreadable)} images, {count} objects of score {conf} and up')
+    print(f'\n{out_dir}: {len(files) - len(unreadable)} images, {len(found)} objects of score {conf} and up')
     if unreadable:
         print(f'{len(unreadable)} of {len(files)} files could not be read (named above): exit status 1', file=sys.stderr)
     return 1 if unreadable else 0

@@ -2,7 +2,7 @@
 How good is a detector? pycocotools decides every figure here; we only hand it the boxes.
 
     python eval.py --weights=out/best.pt --data=path/val.json                  ours, at the size it was trained at
-    python eval.py --weights=yolov8n.pt --data=val.json --imgsz=640 --rect=True
+    python eval.py --weights=yolov8n.pt --data=val.json --imgsz=640 --rect=True --antialias=False     as YOLOv8's figures
     python eval.py --weights=best.onnx --data=val.json --by_class=True --plots=True
     python eval.py --weights=out/best.pt --data=val.json --nms_iou=0.5,0.6,0.7
     python eval.py --from_json=detections.json --data=val.json                 found elsewhere, in COCO's results format
@@ -40,7 +40,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from configurator import configure
-from data import DetectionDataset, InputError, letterbox, load_image, resize
+from data import GREY, DetectionDataset, InputError, letterbox, load_image, rect_shape, resize
 from model import HSVDET, select_detections
 
 weights = ''                        # out/best.pt, a YOLOv8 .pt, or an .onnx of export.py
@@ -49,7 +49,7 @@ images = ''                         # folder of the images; '' looks beside the 
 from_json = ''                      # judge these detections instead of running a network
 imgsz: int | tuple = 0              # pixels, or (H, W); 0 is what the weights were trained at, else 640
 rect = False                        # batches of like aspect ratio, each in the smallest shape with half a cell of slack
-antialias = True                    # as in training; False reads images as YOLOv8's published figures did
+antialias = True                    # as in training; False samples images as YOLOv8's figures do
 batch_size = 16
 conf = 0.001                        # detections below this score are dropped; AP wants nearly all of them
 nms_iou: float | tuple = 0.7        # several, 0.5,0.6,0.7, make a table
@@ -80,20 +80,20 @@ class OnnxModel(torch.nn.Module):
             import onnxruntime
         except ImportError:
             raise InputError(f'{path} needs onnxruntime to run: pip install onnxruntime') from None
-        wanted = ['CUDAExecutionProvider', 'CPUExecutionProvider'][device == 'cpu':]
+        there, wanted = onnxruntime.get_available_providers(), ['CUDAExecutionProvider', 'CPUExecutionProvider'][device == 'cpu':]
         try:
-            self.session = onnxruntime.InferenceSession(path, providers=[p for p in wanted if p in onnxruntime.get_available_providers()])
+            self.session = onnxruntime.InferenceSession(path, providers=[p for p in wanted if p in there])
         except Exception as e:                                       # onnxruntime's errors have no base class of their own
             raise InputError(f'{path} is not a network that onnxruntime can run ({str(e).splitlines()[0]}): export it again') from None
-        meta = self.session.get_modelmeta().custom_metadata_map
-        if 'names' not in meta:
+        about = self.session.get_modelmeta().custom_metadata_map
+        if 'names' not in about:
             raise InputError(f'{path} does not say what its classes are: make it with python export.py --weights=...')
-        self.names = json.loads(meta['names'])
+        self.names = json.loads(about['names'])
         entry = self.session.get_inputs()[0]
         self.entry, self.kind = entry.name, np.float16 if entry.type == 'tensor(float16)' else np.float32
-        B, _, H, W = entry.shape                                     # names instead of numbers where the export left it free
-        self.batch, self.fixed = B if isinstance(B, int) else None, (H, W) if isinstance(H, int) else None
-        self.imgsz = self.fixed or json.loads(meta.get('imgsz', 'null'))
+        B, _, H, W = entry.shape                                     # a name instead of a number where the export left it free
+        self.batch, self.fixed = B if isinstance(B, int) else 0, (H, W) if isinstance(H, int) else None
+        self.imgsz = self.fixed or json.loads(about.get('imgsz', 'null'))
         self.ends_in_nms = 'detections' in [output.name for output in self.session.get_outputs()]
 
     def forward(self, images, one2one=False):
@@ -106,22 +106,22 @@ class OnnxModel(torch.nn.Module):
         return maps
 
 
-def load_model(path, device='cpu', **overrides):
+def load_model(path, device='cpu', fuse=True, **overrides):
     """A checkpoint of ours, a YOLOv8 .pt, or an .onnx, ready to run."""
     if not os.path.exists(path):
-        raise InputError(f'weights "{path}" not found: give --weights=out/best.pt, a YOLOv8 .pt or an .onnx, or train with python train.py config/shapes.py')
+        raise InputError(f'weights "{path}" not found: give --weights=, or train some with python train.py config/shapes.py')
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise InputError(f'--device={device}: this machine has no such device, use --device=cpu')
     if path.endswith('.onnx'):
         return OnnxModel(path, device)
-    return HSVDET.from_pretrained(path, **overrides).eval().to(device, memory_format=torch.channels_last)
+    model = HSVDET.from_pretrained(path, **overrides).eval()
+    return (model.fuse() if fuse else model).to(device, memory_format=torch.channels_last)
 
 
 def input_shape(model, imgsz):
     """(H, W) of the network input: what was asked for, else what the model was trained at, else 640."""
-    shape = imgsz or model.imgsz or 640
+    shape, fixed = imgsz or model.imgsz or 640, getattr(model, 'fixed', None)
     shape = (shape, shape) if isinstance(shape, int) else tuple(shape)
-    fixed = getattr(model, 'fixed', None)
     if fixed and shape != fixed:
         raise InputError(f'--imgsz={imgsz}: this network was exported at {fixed}, leave the setting out or export with --dynamic=True')
     if len(shape) != 2 or any(type(n) is not int or n <= 0 or n % 32 for n in shape):
@@ -129,11 +129,14 @@ def input_shape(model, imgsz):
     return shape
 
 
-def predict(model, batch, ious, conf=0.25, max_det=300, multi_label=False, nms=True, dtype='float32', device='cpu'):
+def predict(model, batch, ious, conf, max_det=300, multi_label=False, nms=True, dtype='float32', device='cpu'):
     """
     batch, a list of (H, W, 3) uint8 -> for each NMS threshold of `ious` a list of (n, 6) float64 arrays in network
     pixels; and the seconds in the network and after it.
     """
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise InputError(f'--dtype={dtype}: must be float32, bfloat16 or float16')
+
     def now():
         if device.startswith('cuda'):
             torch.cuda.synchronize()
@@ -143,33 +146,22 @@ def predict(model, batch, ious, conf=0.25, max_det=300, multi_label=False, nms=T
     x = torch.from_numpy(np.stack(batch)).to(device).permute(0, 3, 1, 2).float() / 255        # channels_last as it comes
     with torch.no_grad(), torch.autocast(device.split(':')[0], getattr(torch, dtype), enabled=dtype != 'float32'):
         maps, _ = model(x, one2one=not nms and getattr(model, 'one2one_head', None) is not None)
-    seen = now()
+    middle = now()
     if getattr(model, 'ends_in_nms', False):                                          # (B, max_det, 6), its empty rows score 0
         rows = [[d[d[:, 4] > conf][:max_det] for d in maps[0]]] * len(ious)
     else:
         pairs = list(zip(*model.decode(maps), strict=True))                           # (A, 4), (A, K) of each image
         rows = [[select_detections(*pair, conf, iou, max_det, multi_label, nms) for pair in pairs] for iou in ious]
     rows = [[d.cpu().double().numpy() for d in one] for one in rows]
-    return rows, seen - start, now() - seen
+    return rows, middle - start, now() - middle
 
 
 # --- from images to detections -----------------------------------------------------------------------------------------
 
-def undo_letterbox(rows, scale, corner, size):
-    """(n, 6) detections in network pixels -> in those of the image of `size` (w, h), clipped to it."""
-    return np.concatenate([((rows[:, :4] - np.tile(corner, 2)) / scale).clip(0, np.tile(size, 2)), rows[:, 4:]], 1)
-
-
-def batch_shape(sizes, longest, pad=0.0):
-    """sizes (n, 2) w, h -> the (H, W) in whole cells of 32 px that all fit in, their longer sides made `longest`, with `pad` cells of slack."""
-    W, H = np.ceil((sizes / np.max(sizes, 1, keepdims=True)).max(0) * longest / 32 + pad - 1e-9).astype(int) * 32
-    return int(H), int(W)
-
-
 def prepare(image, shape, longest=None, antialias=True):
     """
-    data.letterbox, and on request what YOLOv8's figures were taken with: no enlarging beyond `longest` where a batch
-    leaves slack, and bilinear interpolation without regard to how many pixels are skipped (antialias=False).
+    data.letterbox, or what YOLOv8's figures were taken with: no enlarging beyond `longest` where a rectangular batch
+    leaves slack, and bilinear interpolation that does not look at the pixels it skips (antialias=False).
     """
     if longest is None and antialias:
         return letterbox(image, shape)
@@ -177,10 +169,15 @@ def prepare(image, shape, longest=None, antialias=True):
     scale = min(H / h, W / w, (longest or np.inf) / max(w, h))
     nh, nw = max(round(h * scale), 1), max(round(w * scale), 1)
     top, left = (H - nh) // 2, (W - nw) // 2
-    x, canvas = torch.from_numpy(np.array(image)).permute(2, 0, 1), np.full((H, W, 3), 114, np.uint8)
+    x, canvas = torch.from_numpy(np.array(image)).permute(2, 0, 1), np.full((H, W, 3), GREY, np.uint8)
     x = resize(x, nh, nw) if antialias else (F.interpolate(x[None].float(), (nh, nw), mode='bilinear')[0] + 0.5).byte()
     canvas[top:top + nh, left:left + nw] = x.permute(1, 2, 0).numpy()
     return canvas, scale, (left, top)
+
+
+def undo_letterbox(rows, scale, corner, size):
+    """(n, 6) detections in network pixels -> in those of the image of `size` (w, h), clipped to it."""
+    return np.concatenate([((rows[:, :4] - np.tile(corner, 2)) / scale).clip(0, np.tile(size, 2)), rows[:, 4:]], 1)
 
 
 def load(dataset, row, shape, *how):
@@ -189,7 +186,7 @@ def load(dataset, row, shape, *how):
     try:
         return row, *prepare(load_image(dataset.files[row], tuple(dataset.sizes[row])), shape, *how), time.perf_counter() - start
     except InputError as e:
-        return row, np.full((*shape, 3), 114, np.uint8), 1.0, (0, 0), e
+        return row, np.full((*shape, 3), GREY, np.uint8), 1.0, (0, 0), e
 
 
 def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7,), max_det=300, dtype='float32', device='cpu',
@@ -201,12 +198,10 @@ def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7
     """
     if len(model.names) != len(dataset.names):
         raise InputError(f'the model knows {len(model.names)} classes, the data has {len(dataset.names)}: give the data that it was made for')
-    shape = input_shape(model, imgsz)
+    shape, kinds, sizes = input_shape(model, imgsz), np.asarray(dataset.category_ids), np.asarray(dataset.sizes)      # sizes (n, 2) w, h
     rect = rect and not getattr(model, 'fixed', None)
-    sizes = np.asarray(dataset.sizes).reshape(-1, 2)                                  # (n, 2) width, height
     order = np.argsort(sizes[:, 1] / sizes[:, 0], kind='stable') if rect else np.arange(len(sizes))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)][rank::world_size]
-    kinds = np.asarray(dataset.category_ids)
     clock = collections.Counter(images=sum(map(len, batches)))
     found, unreadable, done = [[np.zeros((0, 7))] for _ in ious], [], 0
     modes = {module: module.training for module in model.modules()}                   # a frozen part may differ from the rest
@@ -214,14 +209,14 @@ def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7
     start = shown = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         def submit(rows):
-            how = (batch_shape(sizes[rows], max(shape), 0.5), max(shape), antialias) if rect else (shape, None, antialias)
+            how = (rect_shape(sizes[rows], max(shape)), max(shape), antialias) if rect else (shape, None, antialias)
             return [pool.submit(load, dataset, row, *how) for row in rows]
 
         ahead = collections.deque(submit(rows) for rows in batches[:2])
         for b in range(len(batches)):
             loaded = [job.result() for job in ahead.popleft()]
             ahead.extend(submit(rows) for rows in batches[b + 2:b + 3])
-            results, network, after = predict(model, [item[1] for item in loaded], ious, conf, max_det, True, nms, str(dtype), str(device))
+            results, network, after = predict(model, [item[1] for item in loaded], ious, conf, max_det, True, nms, dtype, str(device))
             clock.update(network=network, nms=after)
             for j, (row, _, scale, corner, seconds) in enumerate(loaded):
                 if isinstance(seconds, InputError):
@@ -230,7 +225,8 @@ def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7
                 clock['load'] += seconds
                 for mine, one in zip(found, results, strict=True):
                     d = undo_letterbox(one[j], scale, corner, sizes[row])
-                    mine.append(np.column_stack([np.full(len(d), dataset.image_ids[row]), d[:, :2], d[:, 2:4] - d[:, :2], d[:, 4], kinds[d[:, 5].astype(int)]]))
+                    image = np.full(len(d), dataset.image_ids[row])
+                    mine.append(np.column_stack([image, d[:, :2], d[:, 2:4] - d[:, :2], d[:, 4], kinds[d[:, 5].astype(int)]]))
             done, now = done + len(loaded), time.perf_counter()
             if verbose and rank == 0 and (now - shown > 0.5 or done == clock['images']):
                 shown, left = now, (now - start) / done * (clock['images'] - done)
@@ -240,9 +236,9 @@ def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7
         module.training = mode
     clock['all'] = time.perf_counter() - start
     if unreadable:
-        print(f'{len(unreadable)} images could not be used and their objects count as missed; the first: {unreadable[0]}', file=sys.stderr)
-    if unreadable and len(unreadable) == clock['images']:
-        raise InputError(f'not one image could be used: {unreadable[0]}')
+        if len(unreadable) == clock['images']:
+            raise InputError(f'not one image can be used: {unreadable[0]}')
+        print(f'warning: {len(unreadable)} images cannot be used, their objects count as missed; the first: {unreadable[0]}', file=sys.stderr)
     return [np.concatenate(mine) for mine in found], clock
 
 
@@ -250,11 +246,9 @@ def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7
 
 def compare(objects, detections, binned=False, **params):
     """Annotations and detections (n, 7) -> a COCOeval that has matched them; ids are positions + 1. params: COCOeval's own."""
-    boxed = [(i, a) for i, a in enumerate(objects, 1) if len(a.get('bbox') or ()) == 4]
     gt, dt = COCO(), COCO()
-    gt.dataset = dict(images=[], categories=[], annotations=[       # an id of the file may be 0, which pycocotools takes for "no match"
-        dict(id=i, image_id=a['image_id'], category_id=a['category_id'], bbox=a['bbox'], iscrowd=a.get('iscrowd', 0),
-             area=a.get('area', a['bbox'][2] * a['bbox'][3])) for i, a in boxed])
+    keys = ('image_id', 'category_id', 'bbox', 'area', 'iscrowd')
+    gt.dataset = dict(images=[], categories=[], annotations=[dict({key: a[key] for key in keys}, id=i) for i, a in enumerate(objects, 1)])
     dt.dataset = dict(gt.dataset, annotations=[
         dict(id=i, image_id=int(image), category_id=int(kind), bbox=[x, y, w, h], score=score, area=np.nan if binned else w * h)
         for i, (image, x, y, w, h, score, kind) in enumerate(detections.tolist(), 1)])
@@ -273,15 +267,13 @@ def judge(truth, detections, bins=None):
     truth, a COCO dict, and detections (n, 7) as of `find` -> a COCOeval after its accumulate(). With bins, one number
     for each annotation, its area ranges are the bins 0, 1, 2, 3 (see the top).
 
-    One class at a time, as classes never meet: pycocotools holds a few kB of Python objects per detection, and 5,000
-    images with 300 each would take GIGA.
+    One class at a time, as classes never meet: pycocotools makes a few kB of Python objects per detection, which for
+    5,000 images with 300 each would be 3 GB.
     """
     by_class = {c['id']: [] for c in truth['categories']}
     for i, a in enumerate(truth['annotations']):
-        if a['category_id'] in by_class:
-            by_class[a['category_id']].append(a if bins is None else dict(a, area=bins[i]))
-    more = {} if bins is None else dict(binned=True, areaRng=[[b, b] for b in range(4)])
-    parts = []
+        by_class[a['category_id']].append(a if bins is None else dict(a, area=bins[i]))
+    more, parts = {} if bins is None else dict(binned=True, areaRng=[[b, b] for b in range(4)]), []
     with contextlib.redirect_stdout(io.StringIO()):                  # it talks
         for kind in sorted(by_class):
             E = compare(by_class[kind], detections[detections[:, 6] == kind], catIds=[kind], **more)
@@ -292,88 +284,83 @@ def judge(truth, detections, bins=None):
     return E
 
 
-def figures(E, k=slice(None), a=0):
-    """AP, AP50, AR100 and the recall at IoU 0.5 of class k (of all) in range a; -1 marks a class without objects."""
-    p, r = E.eval['precision'][:, :, k, a, -1], E.eval['recall'][:, k, a, -1]         # (T, R, K), (T, K)
-    return {name: round(float(x[x > -1].mean()), 5) if (x > -1).any() else None for name, x in (('AP', p), ('AP50', p[0]), ('AR100', r), ('recall50', r[:1]))}
-
-
 def twelve(E):
     with contextlib.redirect_stdout(io.StringIO()):
         E.summarize()
     return {key: None if value < 0 else float(value) for key, value in zip(KEYS, E.stats, strict=True)}
 
 
-def evaluate(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, nms_iou=0.7, max_det=300, dtype='float32', device='cpu',
-             rank=0, world_size=1, nms=True, verbose=True):
-    """The twelve COCO numbers as a dict, the same on every rank and for any number of ranks; None: no such objects."""
-    (detections,), _ = find(model, dataset, imgsz, batch_size, rect, conf, (nms_iou,), max_det, dtype, device, rank, world_size, nms, verbose)
-    if world_size == 1:
-        return twelve(judge(dataset.coco(), detections))
-    parts, numbers = [None] * world_size, [None]
-    torch.distributed.gather_object(detections, parts if rank == 0 else None)
+def evaluate(model, dataset, imgsz, nms_iou=0.7, rank=0, world_size=1, **settings):
+    """
+    The twelve COCO numbers as a dict, the same on every rank and for any number of ranks; None: no such objects.
+    settings: those of `find`. The model keeps its training mode.
+    """
+    (table,), _ = find(model, dataset, imgsz, ious=(nms_iou,), rank=rank, world_size=world_size, **settings)
+    parts, numbers = [table] + [None] * (world_size - 1), [None]
+    if world_size > 1:
+        torch.distributed.gather_object(table, parts if rank == 0 else None)
     if rank == 0:
         numbers = [twelve(judge(dataset.coco(), np.concatenate(parts)))]
-    torch.distributed.broadcast_object_list(numbers)
+    if world_size > 1:
+        torch.distributed.broadcast_object_list(numbers)
     return numbers[0]
 
 
 # --- beyond the twelve -----------------------------------------------------------------------------------------------------
 
+def figures(E, k=slice(None), a=0):
+    """AP, AP50, AR100 and the recall at IoU 0.5 of class k (of all) in range a; -1 marks a class without objects."""
+    p, r = E.eval['precision'][:, :, k, a, -1], E.eval['recall'][:, k, a, -1]         # (T, R, K), (T, K)
+    parts = dict(AP=p, AP50=p[:1], AR100=r, recall50=r[:1])
+    return {name: round(float(x[x > -1].mean()), 5) if (x > -1).any() else None for name, x in parts.items()}
+
+
 def per_class(E, truth):
-    count = collections.Counter(a['category_id'] for a in truth['annotations'] if not a.get('iscrowd'))
+    count = collections.Counter(a['category_id'] for a in truth['annotations'] if not a['iscrowd'])
     name = {c['id']: c['name'] for c in truth['categories']}
     return {name[i]: dict(figures(E, k), objects=count[i]) for k, i in enumerate(E.params.catIds)}
 
 
-def overlaps(truth):
-    """For each annotation: the largest IoU with another object of its image, and how many objects that image holds."""
+def under_occlusion(truth, detections):
+    """The bins of the top of this file: {bin: AP, AP50, AR100, recall50, objects}"""
     overlap, company = np.zeros(len(truth['annotations'])), np.zeros(len(truth['annotations']), int)
     rows = collections.defaultdict(list)
     for i, a in enumerate(truth['annotations']):
-        if not a.get('iscrowd') and len(a.get('bbox') or ()) == 4:
+        if not a['iscrowd']:
             rows[a['image_id']].append(i)
     for r in rows.values():
         boxes = np.array([truth['annotations'][i]['bbox'] for i in r], float)
         iou = coco_mask.iou(boxes, boxes, [0] * len(r))
         np.fill_diagonal(iou, 0)
         overlap[r], company[r] = iou.max(1), len(r)
-    return overlap, company
-
-
-def under_occlusion(truth, detections):
-    """{bin: AP, AP50, AR100, recall50, objects}"""
-    overlap, company = overlaps(truth)
     bins = np.digitize(overlap, [0.1, 0.3, 0.5], right=True)
     E = judge(truth, detections, bins)
     table = {BINS[b]: dict(figures(E, a=b), objects=int((bins[company > 0] == b).sum())) for b in range(4)}
-    crowded = {a['image_id'] for a, n in zip(truth['annotations'], company, strict=True) if n > 20}
-    E = judge(dict(truth, annotations=[a for a in truth['annotations'] if a['image_id'] in crowded]), detections[np.isin(detections[:, 0], list(crowded))])
+    crowded = {image for image, r in rows.items() if len(r) > 20}
+    there = dict(truth, annotations=[a for a in truth['annotations'] if a['image_id'] in crowded])
+    E = judge(there, detections[np.isin(detections[:, 0], list(crowded))])
     return table | {BINS[4]: dict(figures(E), objects=int((company > 20).sum()))}
 
 
 def confusion(truth, detections, conf=0.25):
     """(K + 1, K + 1) counts at IoU 0.5: row what it is, column what it was called; the last of each is "nothing"."""
-    detections = detections[detections[:, 5] >= conf]
+    detections, position = detections[detections[:, 5] >= conf], {c['id']: k for k, c in enumerate(truth['categories'])}
+    is_, called = [position[a['category_id']] for a in truth['annotations']], [position[kind] for kind in detections[:, 6]]
     with contextlib.redirect_stdout(io.StringIO()):
-        E = compare(truth['annotations'], detections, useCats=0, iouThrs=np.array([0.5]), maxDets=[1000], areaRng=[[0, 1e10]],
-                    catIds=[c['id'] for c in truth['categories']])
-    position = {c['id']: k for k, c in enumerate(truth['categories'])}
+        E = compare(truth['annotations'], detections, useCats=0, iouThrs=np.array([0.5]), maxDets=[1000], areaRng=[[0, 1e10]], catIds=list(position))
     matrix = np.zeros((len(position) + 1, len(position) + 1), int)
-    for e in filter(None, E.evalImgs):
+    for e in filter(None, E.evalImgs):                               # what meets a crowd region is neither right nor wrong
         for i, match, ignored in zip(e['dtIds'], e['dtMatches'][0], e['dtIgnore'][0], strict=True):
-            if not ignored:                                          # in a crowd region it is neither right nor wrong
-                matrix[position[truth['annotations'][int(match) - 1]['category_id']] if match else -1, position[detections[i - 1, 6]]] += 1
+            matrix[is_[int(match) - 1] if match else -1, called[i - 1]] += not ignored
         for i, match, ignored in zip(e['gtIds'], e['gtMatches'][0], e['gtIgnore'], strict=True):
-            if not ignored and not match:
-                matrix[position[truth['annotations'][i - 1]['category_id']], -1] += 1
+            matrix[is_[i - 1], -1] += not ignored and not match
     return matrix
 
 
 def draw(E, truth, detections, folder):
     """precision_recall.png and confusion.png"""
     try:
-        from matplotlib.figure import Figure                         # without pyplot: no window, no global state
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ImportError:
         raise InputError('--plots=True needs matplotlib: pip install matplotlib') from None
     table = {name: row for name, row in per_class(E, truth).items() if row['AP50'] is not None}
@@ -381,11 +368,9 @@ def draw(E, truth, detections, folder):
     curves = curves[:, curves[0] > -1]
     ax = (figure := Figure((7, 5), layout='constrained')).subplots()
     for (name, row), curve in zip(table.items(), curves.T, strict=True):
-        few = dict(label=f'{name} {row["AP50"]:.3f}') if len(table) <= 12 else dict(color='0.8')
-        ax.plot(E.params.recThrs, curve, lw=1.2, **few)
-    if table:
-        ax.plot(E.params.recThrs, curves.mean(1), 'k', lw=2.5, label=f'all {figures(E)["AP50"]:.3f}')
-        ax.legend(title='AP50', loc='lower left')
+        ax.plot(E.params.recThrs, curve, lw=1.2, **dict(label=f'{name} {row["AP50"]:.3f}') if len(table) <= 12 else dict(color='0.8'))
+    ax.plot(E.params.recThrs, curves.mean(1), 'k', lw=2.5, label=f'all {figures(E)["AP50"] or 0:.3f}')
+    ax.legend(title='AP50', loc='lower left')
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.02), title='precision and recall at IoU 0.5')
     figure.savefig(os.path.join(folder, 'precision_recall.png'), dpi=120)
 
@@ -396,9 +381,9 @@ def draw(E, truth, detections, folder):
     ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
     ax.set_xticks(range(len(matrix)), [*names, 'missed'], rotation=90)
     ax.set_yticks(range(len(matrix)), [*names, 'false alarm'])
-    for (i, j), n in np.ndenumerate(matrix):
-        if n and len(names) <= 20:
-            ax.text(j, i, n, ha='center', va='center', color='w' if share[i, j] > 0.5 else 'k', fontsize=9)
+    for i, j in zip(*matrix.nonzero(), strict=True):
+        if len(names) <= 20:
+            ax.text(j, i, matrix[i, j], ha='center', va='center', color='w' if share[i, j] > 0.5 else 'k', fontsize=9)
     ax.set(xlabel='called', ylabel='is', title='score >= 0.25, IoU 0.5')
     figure.savefig(os.path.join(folder, 'confusion.png'), dpi=120)
 
@@ -410,14 +395,14 @@ def read_detections(path, truth):
             rows = [[d['image_id'], *d['bbox'], d['score'], d['category_id']] for d in json.load(f)]
         table = np.array(rows, float).reshape(len(rows), 7)
     except OSError as e:
-        raise InputError(f'--from_json={path}: {e.strerror}') from None
+        raise InputError(f'--from_json={path}: {e.strerror}, name a file that is there') from None
     except (ValueError, TypeError, KeyError) as e:
-        raise InputError(f'{path} is no list of COCO results, each with image_id, category_id, bbox [x, y, w, h] and score '
-                         f'({type(e).__name__}: {e}): write it in that form') from None
+        raise InputError(f'{path} must be a list of COCO results, each with image_id, category_id, bbox [x, y, w, h] and score; '
+                         f'this one has another form ({type(e).__name__}: {e})') from None
     for column, what, known in ((0, 'image', truth['images']), (6, 'category', truth['categories'])):
         strange = set(table[:, column]) - {item['id'] for item in known}
         if strange:
-            raise InputError(f'{path} belongs to another set: {len(strange)} of its {what} ids, such as {min(strange):.0f}, are not in {data}')
+            raise InputError(f'{path} belongs to another set than --data: {len(strange)} of its {what} ids are not there, such as {min(strange):.0f}')
     return table
 
 
@@ -432,34 +417,30 @@ def show(title, table):
 def main():
     if not data:
         raise InputError('no ground truth given: add --data=path/val.json, or a YOLO folder')
-    folder = out_dir or 'out/eval' * plots
+    dataset = DetectionDataset(data, images=images)
+    truth, folder, speed = dataset.coco(), out_dir or 'out/eval' * plots, {}
     ious = nms_iou if isinstance(nms_iou, tuple) and not from_json else (nms_iou,)
-    speed = {}
+    for kind, (count, example) in dataset.problems.items():
+        if kind.startswith('image'):
+            print(f'warning: {count} x {kind}, whose objects count as missed, such as {example}', file=sys.stderr)
     if from_json:
-        truth = DetectionDataset(data, images=images).coco()
         tables = [read_detections(from_json, truth)]
     else:
-        model = load_model(weights, device, **dict(attn=attn) if attn else {})
-        model = model.fuse() if fuse and isinstance(model, HSVDET) else model
-        H, W = input_shape(model, imgsz)
-        dataset = DetectionDataset(data, images=images, imgsz=(H, W))
-        truth = dataset.coco()
+        model = load_model(weights, device, fuse, **dict(attn=attn) if attn else {})
         if list(model.names) != list(dataset.names):
-            print(f'warning: the model\'s classes are {", ".join(model.names[:5])}, the data\'s {", ".join(dataset.names[:5])}', file=sys.stderr)
+            print(f"warning: the model's classes are {', '.join(model.names[:5])}, the data's {', '.join(dataset.names[:5])}", file=sys.stderr)
         if not nms and isinstance(model, HSVDET) and model.one2one_head is None:
             print('warning: --nms=False on a model without a one-to-one head: its duplicates stay and count as false', file=sys.stderr)
-        tables, clock = find(model, dataset, (H, W), batch_size, rect, conf, ious, max_det, dtype, device, nms=nms, antialias=antialias)
+        tables, clock = find(model, dataset, imgsz, batch_size, rect, conf, ious, max_det, dtype, device, nms=nms, antialias=antialias)
         speed = dict(images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2))
-        print(f'{speed["images"]} images at {H}x{W}{" and less" * rect}, {dtype}, {device}: {speed["images_per_s"]} images/s; alone, '
-              + ', '.join(f'{part} {clock["images"] / clock[part]:.0f}' for part in ('load', 'network', 'nms')) + ' images/s (loading runs beside the others)')
+        parts = ', '.join(f'{part} {clock["images"] / (clock[part] + 1e-9):.0f}' for part in ('load', 'network', 'nms'))
+        print(f'{speed["images"]} images, {speed["images_per_s"]} images/s; each part alone: {parts} images/s (loading runs beside the others)')
     verdicts = [judge(truth, table) for table in tables]
     numbers = [twelve(E) for E in verdicts]
     best = max(range(len(tables)), key=lambda i: numbers[i]['AP'] or 0)
     E, table, summary = verdicts[best], tables[best], numbers[best] | speed
-    if summary['AP'] is None:
-        print('the ground truth has no objects: there is no AP')
-    elif not len(table):
-        print('no detections at all: AP is 0')
+    if summary['AP'] is None or not len(table):
+        print('the ground truth has no objects: there is no AP' if summary['AP'] is None else 'no detections at all: AP is 0')
     if len(ious) > 1:
         summary |= dict(nms_iou=ious[best], sweep={iou: one['AP'] for iou, one in zip(ious, numbers, strict=True)})
         show('NMS IoU', {str(iou): {key: one[key] for key in ('AP', 'AP50', 'AP75', 'AR100')} for iou, one in zip(ious, numbers, strict=True)})

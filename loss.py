@@ -125,7 +125,8 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
     step = max(1, budget // A)
     for first in range(0, G, step):
         g = slice(first, first + step)
-        inside = torch.cat((points - box[g, None, :2], box[g, None, 2:] - points), -1).amin(-1) > eps     # (g, A)
+        x1, y1, x2, y2 = box[g, :, None].unbind(1)                                    # (g, 1) each
+        inside = (points[:, 0] > x1) & (points[:, 0] < x2) & (points[:, 1] > y1) & (points[:, 1] < y2)    # (g, A)
         o, a = inside.nonzero(as_tuple=True)                                          # (P,) object-point pairs
         at = image[g][o] * A + a                                                      # (P,) the point in its batch
         iou = ciou(box[g][o], boxes[at]).clamp_(min=0)                    # (P,)

@@ -425,9 +425,12 @@ class HSVDET(nn.Module):
 
     # --- weights -------------------------------------------------------------------------------------------------------
 
+    def checkpoint(self, **more):
+        """What from_pretrained needs (weights in full precision), and whatever else is passed, as one dict."""
+        return dict(model=self.state_dict(), model_config=asdict(self.cfg), names=self.names, imgsz=self.imgsz, **more)
+
     def save(self, path, **more):
-        """Write what from_pretrained needs (weights in full precision), and whatever else is passed."""
-        torch.save(dict(model=self.state_dict(), model_config=asdict(self.cfg), names=self.names, imgsz=self.imgsz, **more), path)
+        torch.save(self.checkpoint(**more), path)
 
     @classmethod
     def from_pretrained(cls, path, verbose=True, **overrides):

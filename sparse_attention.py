@@ -31,6 +31,14 @@ merely drift, by what attention among the chosen tokens turned out to be good fo
 path: a score s = w x + b picks the tokens and sigmoid(s) scales what attention changed in them. Norm and squared norm
 order tokens identically, so select='l2' and 'l2sq' are one and the same method; any difference between them is noise.
 
+What the design's arguments do and do not show. *Entropy*: a softmax over k tokens holds at most log k nats instead of
+log N, so less of its mass goes to clutter; that bounds how diffuse attention can be, not whether the right tokens were
+kept. *Saliency*: a large norm is energy after BatchNorm and SiLU, where background is mostly near zero; that is a habit
+of trained CNNs and no theorem, so look at it (detect.py --tokens) and compare with random tokens. *Gradient*: at gate 0
+dL/dgate = <dL/dy, block(x)>, and every weight of the block has a gradient proportional to the gate, so learning starts
+slowly but cannot disturb. *The gate's value*: only gate * W_out acts, and doubling one while halving the other changes
+nothing; a gate that "grew to 0.7" is therefore no measure of how much the block matters. Take the block out and count.
+
 Papers: attention, Vaswani et al. 2017 (1706.03762); query-key normalisation, Henry et al. 2020 (2010.04245);
 zero-initialised gates, Bachlechner et al. 2020 (2003.04887); keeping salient tokens in detection, Sparse DETR, Roh et
 al. 2021 (2111.14330); router scores that scale the update, Mixture-of-Depths, Raposo et al. 2024 (2404.02258).
@@ -103,10 +111,10 @@ class SparseGlobalBlock(nn.Module):
     # --- 1: select -------------------------------------------------------------------------------------------------
 
     def count(self, N):
-        """How many of N tokens attend."""
+        """How many of N tokens attend. (sym_min, sym_max: N is a symbol in an export with free image sizes.)"""
         if self.k == 0:
             return N
-        return max(1, round(self.k * N)) if self.k < 1 else min(self.k, N)
+        return torch.sym_max(1, round(self.k * N)) if self.k < 1 else torch.sym_min(self.k, N)
 
     def choose(self, x):
         """
@@ -183,7 +191,8 @@ class SparseGlobalBlock(nn.Module):
             return y
         x_rows, y_rows = x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2)   # (B, N, C) views
         wide = torch.promote_types(x.dtype, torch.float32)
-        everyone = self.count(H * W) == H * W and self.select != 'learned'            # then there is nothing to gather
+        # nothing to gather when all attend; where N is a symbol only k = 0 says so, for every N
+        everyone = self.select != 'learned' and (self.k == 0 or type(H * W) is int and self.count(H * W) == H * W)
         if everyone:
             t, u, s = x_rows, y_rows, None
         else:

@@ -332,8 +332,8 @@ except OSError:                                                                 
     commit = ''
 
 
-def write(path, content):
-    """Beside, then renamed; the one before stays as *_prev. A full disk costs the newest checkpoint, not the run."""
+def write(path, content, keep):
+    """Beside, then renamed; with `keep` the one before stays as *_prev. A full disk costs the newest file, not the run."""
     beside = path + '.part'
     try:
         with open(beside, 'wb') as f:
@@ -341,11 +341,11 @@ def write(path, content):
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:
-        say(f'warning: {path} was not written ({e}); the previous one stays; free some space')
+        say(f'warning: {path} was not written ({str(e).splitlines()[0]}), an older one stays if there is one; free some space')
         with contextlib.suppress(OSError):
             os.remove(beside)
         return
-    if os.path.exists(path):
+    if keep and os.path.exists(path):
         os.replace(path, path.replace('.pt', '_prev.pt'))
     os.replace(beside, path)
 
@@ -355,7 +355,7 @@ def save_checkpoint():
         write(os.path.join(out_dir, 'ckpt.pt'), dict(
             model=model.state_dict(), ema=ema.state_dict(), model_config=model_config, names=model.names, imgsz=imgsz,
             optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), step=step, best=best,
-            running=running, count=count, rng=torch.get_rng_state(), config=config, commit=commit, seed=seed))
+            running=running, count=count, rng=torch.get_rng_state(), config=config, commit=commit, seed=seed), keep=True)
 
 
 def draw_curves():
@@ -526,8 +526,7 @@ while step < last:
             improved = stats['AP'] > best
             best = max(best, stats['AP'])
             if improved:
-                ema.save(os.path.join(out_dir, 'best.pt.part'), AP=stats['AP'], step=step, config=config, commit=commit)
-                os.replace(os.path.join(out_dir, 'best.pt.part'), os.path.join(out_dir, 'best.pt'))
+                write(os.path.join(out_dir, 'best.pt'), ema.checkpoint(AP=best, step=step, config=config, commit=commit), keep=False)
             log.writerow({**row, **{name: '' for name in ('box', 'cls', 'dfl')}, **{name: stats[name] for name in ('AP', 'AP50', 'AP75')}})
             log_file.flush()
             draw_curves()

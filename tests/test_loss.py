@@ -140,6 +140,23 @@ def test_five_hundred_objects_in_one_image():
     losses_of(boxes.tolist(), torch.randint(0, 3, (500,), generator=g).tolist(), raw_maps(2, side=256))
 
 
+def test_crowded_batch_in_bounded_memory():
+    """2,000 objects in each of 8 images of 1280 px: dense (B, M, A) matrices would take 2.1 GB apiece; here some hundred MB in all."""
+    from bench import LiveMemory
+    g = torch.Generator().manual_seed(0)
+    B, M, K = 8, 2000, 2
+    points, strides = make_points([torch.empty(1, 1, 1280 // s, 1280 // s) for s in (8, 16, 32)])
+    boxes = (torch.cat((points - strides * 2, points + strides * 2), 1) + torch.randn(len(points), 4, generator=g)).expand(B, -1, 4).contiguous()
+    centre, size = torch.rand(B, M, 2, generator=g) * 1280, torch.rand(B, M, 2, generator=g) * 40 + 8
+    gt = torch.cat((centre - size / 2, centre + size / 2), 2)
+    scores, labels = torch.rand(B, len(points), K, generator=g), torch.randint(0, K, (B, M), generator=g)
+    with LiveMemory() as memory:
+        owner, target_scores = assign(scores, boxes, points, labels, gt)
+    assert memory.peak < 400 * 2 ** 20, memory.peak
+    assert len(owner[0].unique()) > 1500
+    assert torch.equal(owner[3], assign(scores[3:4], boxes[3:4], points, labels[3:4], gt[3:4])[0][0]), 'an image alone gets the same'
+
+
 def naive_assign(scores, boxes, points, gt_labels, gt_boxes, topk=10):
     """The same assignment in dense (M, A) matrices, one image at a time, as the paper has it."""
     owner = torch.full(scores.shape[:2], -1)

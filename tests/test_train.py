@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -123,6 +124,14 @@ def test_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
     assert [int(r['step']) for r in rows] == [4, 6, 8, 12, 12] and all(r['AP'] for r in (rows[1], rows[4]))
     for name in ('best.pt', 'curves.png', 'val_0.jpg'):
         assert (tmp_path / 'a' / name).stat().st_size > 1000
+
+
+def test_full_disk_costs_the_newest_file_only(shapes, tmp_path):
+    """No file may outgrow 4 MB: every checkpoint fails to be written, the run goes on and says so."""
+    done = subprocess.run(command(shapes, tmp_path, '--max_steps=2'), cwd=ROOT, env=ENV, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('was not written') == 2 and not list(tmp_path.glob('*.pt*')) and (tmp_path / 'log.csv').exists()
 
 
 def test_sigterm_saves_and_leaves(shapes, tmp_path):

@@ -1,0 +1,321 @@
+"""The figures of eval.py against cases that one can work out by hand, and against pycocotools used plainly."""
+import contextlib
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import eval as ev
+from data import DetectionDataset, InputError, letterbox
+from model import HSVDET, HSVDETConfig
+
+SHARED = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'data')
+
+
+def truth_of(*objects, images=(1, 2), categories=(3, 7)):
+    """objects: (image id, category id, [x, y, w, h]); annotation ids start at 0, as many a file's do."""
+    return dict(images=[dict(id=i, width=100, height=100) for i in images], categories=[dict(id=i, name=f'kind{i}') for i in categories],
+                annotations=[dict(id=n, image_id=i, category_id=c, bbox=b, area=b[2] * b[3], iscrowd=0) for n, (i, c, b) in enumerate(objects)])
+
+
+def found(*rows):
+    """rows: (image id, category id, [x, y, w, h], score)"""
+    return np.array([[i, *b, score, c] for i, c, b, score in rows], float).reshape(-1, 7)
+
+
+FOUR = [(1, 3, [10, 10, 20, 20]), (1, 3, [60, 60, 30, 30]), (2, 3, [5, 5, 40, 40]), (2, 3, [50, 10, 20, 50])]
+
+
+def test_ap_by_hand():
+    truth = truth_of(*FOUR)
+    perfect = found(*[(i, c, b, 0.9 - n / 10) for n, (i, c, b) in enumerate(FOUR)])
+    E = ev.judge(truth, perfect)
+    numbers = ev.twelve(E)
+    assert list(numbers) == ev.KEYS and numbers['AP'] == numbers['AP50'] == numbers['AR100'] == pytest.approx(1)
+    assert numbers['AR1'] == pytest.approx(0.5)                      # one detection per image and class finds half
+    assert numbers['AP_large'] is None                               # no object above 96x96: nothing to find is not 0
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert ev.per_class(E, truth)['kind7'] == dict(AP=None, AP50=None, AR100=None, recall50=None, objects=0)
+    # half of them missed: precision 1 at the 51 of 101 recalls up to 0.5
+    assert ev.twelve(ev.judge(truth, perfect[:2]))['AP'] == pytest.approx(51 / 101)
+    # and none at all
+    numbers = ev.twelve(ev.judge(truth, found()))
+    assert numbers['AP'] == numbers['AP50'] == numbers['AR100'] == 0
+    assert ev.twelve(ev.judge(truth_of(), perfect))['AP'] is None
+
+
+def random_case(images=30, seed=0):
+    rng = np.random.default_rng(seed)
+    objects, rows = [], []
+    for i in rng.permutation(images * 3)[:images].tolist():
+        boxes = np.concatenate([rng.uniform(0, 400, (8, 2)), rng.uniform(5, 150, (8, 2))], 1)
+        kinds = rng.choice([2, 5, 9], 8)
+        objects += [(i, int(c), b.tolist()) for b, c in zip(boxes, kinds, strict=True)]
+        for _ in range(30):
+            k = rng.integers(8)
+            rows.append((i, int(kinds[k]) if rng.random() < 0.8 else 5, (boxes[k] + rng.normal(0, 5, 4)).clip(1).tolist(), round(rng.random(), 2)))
+    truth = truth_of(*objects, images=sorted({i for i, _, _ in objects}), categories=(2, 5, 9, 11))
+    for a in truth['annotations']:
+        a['id'], a['iscrowd'] = a['id'] + 1, int(rng.random() < 0.05)
+    return truth, found(*rows)[rng.permutation(len(rows))]
+
+
+def test_judge_is_pycocotools():
+    """Judging class by class, in any order of detections, with equal scores, is to the last bit what the plain use gives."""
+    truth, detections = random_case()
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO()
+        gt.dataset = dict(truth, info={})
+        gt.createIndex()
+        E = COCOeval(gt, gt.loadRes(detections), 'bbox')
+        E.evaluate()
+        E.accumulate()
+        E.summarize()
+    assert list(ev.twelve(ev.judge(truth, detections)).values()) == E.stats.tolist()
+
+
+def test_occlusion_by_hand():
+    heavy = [(1, 3, [10, 10, 20, 20]), (1, 7, [10, 10, 20, 16])]     # IoU 0.8, of different classes
+    apart = [(1, 3, [70, 70, 20, 20]), (2, 3, [0, 0, 20, 20]), (2, 3, [15, 0, 20, 20]),       # the last two: IoU 5/35 = 0.14
+             (2, 3, [60, 60, 20, 20]), (2, 3, [60, 70, 20, 20])]     # and these 1/3
+    truth = truth_of(*heavy, *apart)
+    detections = found((1, 3, [40, 10, 20, 20], 0.95), (1, 3, [70, 70, 20, 20], 0.9), (1, 3, [10, 10, 20, 20], 0.8))
+    table = ev.under_occlusion(truth, detections)
+    assert [row['objects'] for row in table.values()] == [1, 2, 2, 2, 0]
+    far, light, middle, over, crowd = table.values()
+    # the false alarm counts, what finds an object of another bin does not: false, true -> precision 1/2 throughout
+    assert far['AP50'] == far['AP'] == pytest.approx(0.5) and far['recall50'] == 1
+    # class 3 finds its one object behind one false alarm; class 7 finds nothing
+    assert over['AP50'] == pytest.approx((0.5 + 0) / 2) and over['recall50'] == pytest.approx(0.5)
+    assert light['recall50'] == middle['recall50'] == light['AP50'] == 0
+    assert crowd['AP'] is None
+    # 21 objects in image 2 make a crowd; image 1 and its false alarm stay outside
+    many = [(2, 3, [4 * n, 90, 3, 5]) for n in range(21)]
+    table = ev.under_occlusion(truth_of(*heavy, *many), np.concatenate([detections, found(*[(*m, 0.5) for m in many])]))
+    assert table[ev.BINS[4]] == dict(AP=1.0, AP50=1.0, AR100=1.0, recall50=1.0, objects=21)
+
+
+def test_confusion_by_hand():
+    truth = truth_of(*FOUR[:3], (2, 7, [50, 10, 20, 50]))
+    matrix = ev.confusion(truth, found((1, 3, FOUR[0][2], 0.9), (1, 7, FOUR[1][2], 0.8), (2, 7, [50, 10, 20, 50], 0.7),
+                                       (2, 7, [80, 80, 10, 10], 0.6), (2, 3, FOUR[2][2], 0.1)))       # the last is below 0.25
+    assert matrix.tolist() == [[1, 1, 1], [0, 1, 0], [0, 1, 0]]
+
+
+# --- with images -----------------------------------------------------------------------------------------------------
+
+class Oracle(torch.nn.Module):
+    """Knows every image by its colour, and answers with its objects, where the letterbox has put them; or `off` the mark."""
+
+    def __init__(self, dataset, imgsz, off=0.0):
+        super().__init__()
+        self.dataset, self.names, self.imgsz, self.off = dataset, dataset.names, imgsz, off
+
+    def forward(self, images, one2one=False):
+        H, W = images.shape[2:]
+        assert not self.training
+        boxes, scores = torch.zeros(len(images), 9, 4), torch.zeros(len(images), 9, len(self.names))
+        for n, image in enumerate(images):
+            i = round((image[0, H // 2, W // 2] * 255 / 20).item())
+            longest = max(self.imgsz)
+            (w, h), k = self.dataset.sizes[i], len(self.dataset.boxes[i])
+            scale = min(W / w, H / h, longest / max(w, h))
+            corner = (W - round(w * scale)) // 2, (H - round(h * scale)) // 2
+            boxes[n, :k] = torch.from_numpy(self.dataset.boxes[i]) * scale + torch.tensor(corner * 2) + i * self.off
+            scores[n, range(k), self.dataset.labels[i]] = 0.9
+        return (boxes, scores), {}
+
+    def decode(self, maps):
+        return maps
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Six images of several shapes, each of one colour, with two objects; category ids 3 and 7."""
+    path = tmp_path_factory.mktemp('set')
+    sizes = [(100, 60), (60, 100), (90, 90), (120, 60), (64, 64), (100, 60)]
+    objects = []
+    os.mkdir(path / 'images')
+    for i, (w, h) in enumerate(sizes):
+        Image.new('RGB', (w, h), (20 * i,) * 3).save(path / 'images' / f'{i}.png')
+        objects += [(10 + i, 3, [0, 0, w / 2, h / 3]), (10 + i, 7, [w / 2, h / 2, w / 2, h / 2])]
+    truth = truth_of(*objects, images=range(10, 16))
+    truth['images'] = [dict(id=10 + i, file_name=f'{i}.png', width=w, height=h) for i, (w, h) in enumerate(sizes)]
+    (path / 'val.json').write_text(json.dumps(truth))
+    return path
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    model = HSVDET(HSVDETConfig('n', 2, '-SS'))
+    model.imgsz = (64, 64)
+    return model
+
+
+def test_letterbox_and_back(folder):
+    dataset = DetectionDataset(str(folder / 'val.json'))
+    oracle = Oracle(dataset, (128, 128)).train()
+    oracle.frozen = torch.nn.Linear(1, 1).eval()
+    for settings in (dict(), dict(rect=True), dict(rect=True, antialias=False, batch_size=1), dict(antialias=False)):
+        assert ev.evaluate(oracle, dataset, 128, batch_size=settings.pop('batch_size', 4), verbose=False, **settings)['AP'] == pytest.approx(1)
+        assert oracle.training and not oracle.frozen.training
+
+
+def test_prepare():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8))
+    for a, b in zip(ev.prepare(image, (32, 32)), letterbox(image, (32, 32)), strict=True):
+        assert np.array_equal(a, b)
+    canvas, scale, corner = ev.prepare(image, (32, 64), longest=32, antialias=False)
+    assert canvas.shape == (32, 64, 3) and scale == 0.5 and corner == (16, 4)
+    mean = np.asarray(image, int).reshape(24, 2, 32, 2, 3).sum((1, 3))
+    assert np.array_equal(canvas[4:28, 16:48], (mean + 2) // 4)      # at one half, plain bilinear is the mean of 2x2 pixels
+    rows = ev.undo_letterbox(np.array([[16, 4, 48, 28, 0.5, 1], [0, 0, 99, 99, 0.4, 0]], float), scale, corner, (64, 48))
+    assert rows.tolist() == [[0, 0, 64, 48, 0.5, 1], [0, 0, 64, 48, 0.4, 0]]
+
+
+def one_of_two(rank, path, model, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{path}/rendezvous', rank=rank, world_size=2)
+    numbers = ev.evaluate(model, DetectionDataset(f'{path}/val.json'), 64, batch_size=2, rect=True, rank=rank, world_size=2, verbose=False)
+    queue.put((rank, numbers))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one(folder):
+    dataset = DetectionDataset(str(folder / 'val.json'))
+    model = Oracle(dataset, (64, 64), off=0.5)
+    alone = ev.evaluate(model, dataset, 64, batch_size=2, rect=True, verbose=False)
+    assert 0.2 < alone['AP'] < 0.9
+    (whole,), _ = ev.find(model, dataset, 64, batch_size=2, rect=True, verbose=False)
+    parts = [ev.find(model, dataset, 64, batch_size=2, rect=True, rank=r, world_size=2, verbose=False)[0][0] for r in range(2)]
+    assert np.array_equal(np.unique(whole, axis=0), np.unique(np.concatenate(parts), axis=0)) and len(whole) == sum(map(len, parts))
+    context = torch.multiprocessing.get_context('spawn')
+    queue = context.SimpleQueue()
+    torch.multiprocessing.spawn(one_of_two, (str(folder), model, queue), nprocs=2)
+    assert dict(queue.get() for _ in range(2)) == {0: alone, 1: alone}
+
+
+def run(monkeypatch, capsys, **knobs):
+    """python eval.py --knob=value ..., without a new process -> the json of its last line, all it printed."""
+    for name, value in knobs.items():
+        monkeypatch.setattr(ev, name, value)
+    ev.main()
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
+
+
+def test_script(folder, model, tmp_path, monkeypatch, capsys):
+    model.names = ['kind3', 'kind7']
+    model.save(tmp_path / 'best.pt')
+    common = dict(weights=str(tmp_path / 'best.pt'), data=str(folder / 'val.json'), out_dir=str(tmp_path / 'out'))
+    first, out = run(monkeypatch, capsys, **common, by_class=True, nms_iou=(0.7,))
+    assert first['images'] == 6 and 'images/s' in out and set(first['by_class']) == {'kind3', 'kind7'} and len(first['occlusion']) == 5
+    again, _ = run(monkeypatch, capsys, **common, from_json=str(tmp_path / 'out' / 'detections.json'))
+    assert [again[key] for key in ev.KEYS] == pytest.approx([first[key] for key in ev.KEYS], abs=2e-3)      # its boxes are rounded
+    sweep, out = run(monkeypatch, capsys, **common, nms_iou=(0.3, 0.7), from_json='')
+    assert set(sweep['sweep']) == {'0.3', '0.7'} and sweep['AP'] == max(sweep['sweep'].values()) and 'NMS IoU' in out
+    none, out = run(monkeypatch, capsys, **common, conf=2.0)
+    assert none['AP'] == 0 and 'no detections' in out
+
+
+def test_plots(folder, tmp_path):
+    pytest.importorskip('matplotlib')
+    truth, detections = random_case(5)
+    ev.draw(ev.judge(truth, detections), truth, detections, tmp_path)
+    ev.draw(ev.judge(truth, detections[:0]), truth, detections[:0], tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {'precision_recall.png', 'confusion.png'}
+
+
+@pytest.mark.parametrize('text, message', [
+    ('{"a": 1}', 'list of COCO results'), ('[{"image_id": 10}]', 'KeyError'), ('[1, 2]', 'list of COCO results'), ('[', 'list of COCO results'),
+    ('[{"image_id": 10, "category_id": 3, "bbox": [1, 2, 3], "score": 1}]', 'list of COCO results'),
+    ('[{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 1}]', 'image ids'),
+    ('[{"image_id": 10, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]', 'category ids')])
+def test_from_json_of_another_kind(text, message, folder, tmp_path):
+    truth = json.loads((folder / 'val.json').read_text())
+    (tmp_path / 'd.json').write_text(text)
+    with pytest.raises(InputError, match=message):
+        ev.read_detections(str(tmp_path / 'd.json'), truth)
+    (tmp_path / 'd.json').write_text('[]')
+    assert ev.read_detections(str(tmp_path / 'd.json'), truth).shape == (0, 7)
+
+
+def test_bad_input(folder, model, tmp_path, capsys):
+    dataset = DetectionDataset(str(folder / 'val.json'))
+    other = HSVDET(HSVDETConfig('n', 3, '---'))
+    for message, call in (
+            ('3 classes', lambda: ev.evaluate(other, dataset, 64, verbose=False)),
+            ('multiples of 32', lambda: ev.evaluate(model, dataset, 100, verbose=False)),
+            ('dtype', lambda: ev.evaluate(model, dataset, 64, dtype='int8', verbose=False)),
+            ('not found', lambda: ev.load_model('nowhere.pt')),
+            ('ground truth', ev.main)):
+        with pytest.raises(InputError, match=message):
+            call()
+    truth = json.loads((folder / 'val.json').read_text())            # annotations made for other images
+    for image in truth['images'][1:]:
+        image['width'] += 1
+    (tmp_path / 'val.json').write_text(json.dumps(truth))
+    dataset = DetectionDataset(str(tmp_path / 'val.json'), images=str(folder / 'images'))
+    ev.evaluate(model, dataset, 64, verbose=False)
+    assert '5 images cannot be used' in capsys.readouterr().err
+    truth['images'][0]['width'] += 1
+    (tmp_path / 'val.json').write_text(json.dumps(truth))
+    with pytest.raises(InputError, match='not one image'):
+        ev.evaluate(model, DetectionDataset(str(tmp_path / 'val.json'), images=str(folder / 'images')), 64, verbose=False)
+
+
+def tiny_onnx(path, batch, size, ends_in_nms=False):
+    """A graph in the form that export.py writes: each image gets the box (8, 8, 24, 24), and its brightness for a score."""
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxruntime')
+    h = onnx.helper
+    const = {'axes': np.array([1, 2, 3]), 'box': np.array([[[8, 8, 24, 24]]], np.float32), 'rest': np.array([0, 0, 1], np.int64),
+             'tail': np.array([[[0, 1]]], np.float32), 'two': np.array([-1, 1, 1], np.int64), 'zero': np.zeros(1, np.float32)}
+    nodes = [h.make_node('ReduceMean', ['images', 'axes'], ['mean'], keepdims=0), h.make_node('Reshape', ['mean', 'two'], ['score']),
+             h.make_node('Mul', ['score', 'zero'], ['nothing']), h.make_node('Add', ['box', 'nothing'], ['boxes'])]
+    outputs = [('boxes', [batch, 1, 4]), ('scores', [batch, 1, 2])]
+    if ends_in_nms:
+        nodes += [h.make_node('Concat', ['boxes', 'score', 'nothing'], ['detections'], axis=2)]
+        outputs = [('detections', [batch, 1, 6])]
+    else:
+        nodes += [h.make_node('Concat', ['score', 'nothing'], ['scores'], axis=2)]
+    graph = h.make_graph(nodes, 'tiny', [h.make_tensor_value_info('images', 1, [batch, 3, *size])],
+                         [h.make_tensor_value_info(name, 1, shape) for name, shape in outputs],
+                         [onnx.numpy_helper.from_array(v, k) for k, v in const.items()])
+    model = h.make_model(graph, opset_imports=[h.make_opsetid('', 18)], ir_version=10)
+    onnx.helper.set_model_props(model, dict(names='["kind3", "kind7"]', stride='32', imgsz='[64, 64]'))
+    onnx.save(model, path)
+    return ev.load_model(str(path))
+
+
+def test_onnx(folder, tmp_path):
+    dataset = DetectionDataset(str(folder / 'val.json'))
+    free = tiny_onnx(tmp_path / 'free.onnx', 'B', ('H', 'W'))
+    assert free.names == ['kind3', 'kind7'] and ev.input_shape(free, 0) == (64, 64) and ev.input_shape(free, 128) == (128, 128)
+    fixed = tiny_onnx(tmp_path / 'fixed.onnx', 4, (64, 64))          # six images in batches of four, filled up with nothing
+    inside = tiny_onnx(tmp_path / 'inside.onnx', 4, (64, 64), ends_in_nms=True)
+    tables = [ev.find(m, dataset, 0, batch_size=3, conf=0.0, verbose=False)[0][0] for m in (free, fixed, inside)]
+    assert len(tables[0]) == 6 and np.allclose(tables[0], tables[1]) and np.allclose(tables[0], tables[2], atol=1e-5)
+    assert set(tables[0][:, 6]) == {3} and 0.2 < tables[0][:, 5].max() < 0.5
+    with pytest.raises(InputError, match='exported at'):
+        ev.input_shape(fixed, 128)
+    (tmp_path / 'broken.onnx').write_bytes(b'no')
+    with pytest.raises(InputError, match='onnxruntime can run'):
+        ev.load_model(str(tmp_path / 'broken.onnx'))
+
+
+@pytest.mark.skipif(not os.path.isdir(SHARED), reason='needs the blood cells and the YOLOv8 checkpoint of ../shared/data')
+@pytest.mark.parametrize('rect, expected', [(True, (0.564, 0.871, 0.621)), (False, (0.560, 0.865, 0.619))])
+def test_yolov8_gets_its_ap(rect, expected):
+    model = ev.load_model(os.path.join(SHARED, 'weights', 'yolov8n_bccd.pt'))
+    dataset = DetectionDataset(os.path.join(SHARED, 'bccd', 'test.json'))
+    numbers = ev.evaluate(model, dataset, 320, rect=rect, antialias=False, verbose=False)
+    assert [numbers[key] for key in ('AP', 'AP50', 'AP75')] == pytest.approx(expected, abs=6e-4)
