@@ -248,6 +248,7 @@ def bench_latency():
 def onnx_seconds(model, x):
     try:
         import onnxruntime
+
         from export import export_onnx
     except ImportError as e:
         print(f'no ONNX row: {e}; pip install onnx onnxruntime onnxscript')
@@ -367,7 +368,8 @@ def bench_memory():
           f'{"2-byte activations" if half else "float32"}')
     table('memory', rows)
     if len(rows) > 1:
-        print(f'the blocks: {rows[1]["kept activations"] - rows[0]["kept activations"]:.0f} MiB of activations, {rows[1]["all"] - rows[0]["all"]:.0f} MiB in all')
+        more = {name: rows[1][name] - rows[0][name] for name in ('kept activations', 'all')}
+        print(f'the blocks: {more["kept activations"]:.0f} MiB of activations, {more["all"]:.0f} MiB in all')
 
 
 def cuda_peak(letters, micro, H, W):

@@ -390,8 +390,9 @@ class DetectionDataset:
         assert not strange, f'no such augmentation: {strange}'
         self.problems, self.image_ids, self.files, self.sizes, self.labels, self.boxes = {}, [], [], [], [], []
         if not os.path.exists(re.sub(r'(\.ya?ml):\w+$', r'\1', source)):
-            makers = [f'run: python data.py {name}' for name in ('shapes', 'coco20', 'coco') if name in source]
-            raise InputError(f'dataset {source} not found: {makers[0] if makers else "check the path"}')
+            makers = (('shapes', 'shapes'), ('instances_train2017.json', 'coco'), ('coco', 'coco20'))
+            command = next((f'run: python data.py {name}' for part, name in makers if part in source), 'check the path')
+            raise InputError(f'dataset {source} not found: {command}')
         self.is_coco = source.endswith('.json')
         self.load_coco(images, names) if self.is_coco else self.load_yolo(names)
         quoted = ''.join(f'; {kind}: {count}, such as {example}' for kind, (count, example) in self.problems.items())
@@ -450,18 +451,18 @@ class DetectionDataset:
                              f'{data["images"][0]["file_name"] if data["images"] else "them"} (train_images, val_images, or check --images=)')
         # 3) the annotations, each to its image
         for a in data['annotations']:
-            where, box = f'{source}: annotation {a.get("id")} of image {a.get("image_id")}', floats(a.get('bbox'))
-            if a.get('image_id') not in known:
-                self.problem('annotation without image', f'{where}, which the file does not list, dropped')
+            id_, image_id, category_id, box = a.get('id'), a.get('image_id'), a.get('category_id'), floats(a.get('bbox'))
+            if image_id not in known:
+                self.problem('annotation without image', f'{source}: annotation {id_} is for image {image_id}, which is not listed, dropped')
             elif len(box) != 4:
-                self.problem('annotation without a proper bbox', f'{where} has {a.get("bbox")}, dropped')
-            elif a.get('category_id') not in label_of:
-                self.problem('unknown category', f'{where} has category_id {a.get("category_id")}, dropped')
-            elif a['image_id'] in rows and not a.get('iscrowd'):
+                self.problem('annotation without a proper bbox', f'{source}: annotation {id_} of image {image_id} has {a.get("bbox")}, dropped')
+            elif category_id not in label_of:
+                self.problem('unknown category', f'{source}: annotation {id_} of image {image_id} has category_id {category_id}, dropped')
+            elif image_id in rows and not a.get('iscrowd'):
                 x, y, w, h = box
-                rows[a['image_id']].append((label_of[a['category_id']], x, y, x + w, y + h, where))
-        for id_, size in zip(self.image_ids, self.sizes, strict=True):
-            self.keep_good(rows[id_], size)
+                rows[image_id].append((label_of[category_id], x, y, x + w, y + h, id_))
+        for image_id, size in zip(self.image_ids, self.sizes, strict=True):
+            self.keep_good(rows[image_id], size, f'{source}: image {image_id}, annotation')
 
     def load_yolo(self, names):
         files, own = yolo_files(self.source)
@@ -492,11 +493,11 @@ class DetectionDataset:
                 low, high = points[0] - points[1] / 2, points[0] + points[1] / 2
                 if len(points) > 2:
                     low, high = points.min(0), points.max(0)
-                rows.append((label, *(low * size), *(high * size), where))
+                rows.append((label, *(low * size).tolist(), *(high * size).tolist(), number))
             self.image_ids.append(len(self.files))
             self.files.append(file)
             self.sizes.append(size)
-            self.keep_good(rows, size)
+            self.keep_good(rows, size, f'{txt}, line')
         if not files:
             raise InputError(f'{self.source} holds no images ({" ".join(SUFFIXES)}): check the path')
         top = max((int(labels.max()) for labels in self.labels if len(labels)), default=-1)
@@ -513,21 +514,22 @@ class DetectionDataset:
         except BROKEN as e:
             self.problem('image unreadable', f'{file} ({e}), left out')
 
-    def keep_good(self, rows, size):
-        """The good ones of one picture's rows (label, x1, y1, x2, y2, where) become its labels and boxes."""
+    def keep_good(self, rows, size, where):
+        """The good ones of one picture's rows (label, x1, y1, x2, y2, number) become its labels and boxes."""
         (w, h), kept = size, {}
-        for label, x1, y1, x2, y2, where in rows:
-            said = f'{where}: {x1:.1f} {y1:.1f} {x2:.1f} {y2:.1f} in {w}x{h}'
-            box = tuple(float(np.float32(min(max(v, 0), side))) for v, side in ((x1, w), (y1, h), (x2, w), (y2, h)))
-            if x2 <= x1 or y2 <= y1:
-                self.problem('box without area', f'{said}, dropped')
-            elif box[2] <= box[0] or box[3] <= box[1]:
-                self.problem('box outside its image', f'{said}, dropped')
+        for label, x1, y1, x2, y2, number in rows:
+            box, wrong = (max(x1, 0), max(y1, 0), min(x2, w), min(y2, h)), ''
+            if min(x2 - x1, y2 - y1) < 1e-3:                           # float32 could not tell its sides apart
+                wrong = 'box without area', 'dropped'
+            elif min(box[2] - box[0], box[3] - box[1]) < 1e-3:
+                wrong = 'box outside its image', 'dropped'
             elif (label, box) in kept:
-                self.problem('box given twice', f'{said}, the second dropped')
-            else:
-                if max(-x1, -y1, x2 - w, y2 - h) > 1:                  # less is rounding, and not worth a word
-                    self.problem('box beyond the border', f'{said}, cut')
+                wrong = 'box given twice', 'the second dropped'
+            elif max(-x1, -y1, x2 - w, y2 - h) > 1:                    # less is rounding, and not worth a word
+                wrong = 'box beyond the border', 'cut'
+            if wrong:
+                self.problem(wrong[0], f'{where} {number}: {x1:.1f} {y1:.1f} {x2:.1f} {y2:.1f} in {w}x{h}, {wrong[1]}')
+            if not wrong or wrong[1] == 'cut':
                 kept[label, box] = True
         self.labels.append(np.array([label for label, _ in kept], np.int64))
         self.boxes.append(np.array([box for _, box in kept], np.float32).reshape(-1, 4))
@@ -544,11 +546,12 @@ class DetectionDataset:
         images, categories = ({entry['id'] for entry in data[key]} for key in ('images', 'categories'))
         data['annotations'] = [a for a in data['annotations'] if a.get('image_id') in images and a.get('category_id') in categories
                                and len(floats(a.get('bbox'))) == 4]
-        ids = {a.get('id') for a in data['annotations']}
+        # pycocotools never counts an object of id 0 as found, nor two of one id apart
+        renumber = len({a.get('id') or 0 for a in data['annotations']} - {0}) < len(data['annotations'])
         for n, a in enumerate(data['annotations'], 1):
             a.setdefault('iscrowd', 0)
             a.setdefault('area', a['bbox'][2] * a['bbox'][3])
-            if len(ids - {0, None}) < len(data['annotations']):        # pycocotools never counts an object of id 0 as found
+            if renumber:
                 a['id'] = n
         return dict(data, info=data.get('info', {}))
 

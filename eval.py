@@ -94,7 +94,7 @@ class OnnxModel(torch.nn.Module):
         B, _, H, W = entry.shape                                     # a name instead of a number where the export left it free
         self.batch, self.fixed = B if isinstance(B, int) else 0, (H, W) if isinstance(H, int) else None
         self.imgsz = self.fixed or json.loads(about.get('imgsz', 'null'))
-        self.ends_in_nms = 'detections' in [output.name for output in self.session.get_outputs()]
+        self.ends_in_nms, self.conf = 'detections' in [output.name for output in self.session.get_outputs()], about.get('conf')
 
     def forward(self, images, one2one=False):
         B, n = len(images), self.batch or len(images)
@@ -139,7 +139,7 @@ def predict(model, batch, ious, conf, max_det=300, multi_label=False, nms=True, 
 
     def now():
         if device.startswith('cuda'):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     start = now()
@@ -236,7 +236,7 @@ def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7
         module.training = mode
     clock['all'] = time.perf_counter() - start
     if unreadable:
-        if len(unreadable) == clock['images']:
+        if len(unreadable) == len(sizes):
             raise InputError(f'not one image can be used: {unreadable[0]}')
         print(f'warning: {len(unreadable)} images cannot be used, their objects count as missed; the first: {unreadable[0]}', file=sys.stderr)
     return [np.concatenate(mine) for mine in found], clock
@@ -431,6 +431,8 @@ def main():
             print(f"warning: the model's classes are {', '.join(model.names[:5])}, the data's {', '.join(dataset.names[:5])}", file=sys.stderr)
         if not nms and isinstance(model, HSVDET) and model.one2one_head is None:
             print('warning: --nms=False on a model without a one-to-one head: its duplicates stay and count as false', file=sys.stderr)
+        if getattr(model, 'ends_in_nms', False):
+            print(f'warning: NMS is inside the file, beyond the settings here, and AP lacks what scores below its {model.conf}', file=sys.stderr)
         tables, clock = find(model, dataset, imgsz, batch_size, rect, conf, ious, max_det, dtype, device, nms=nms, antialias=antialias)
         speed = dict(images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2))
         parts = ', '.join(f'{part} {clock["images"] / (clock[part] + 1e-9):.0f}' for part in ('load', 'network', 'nms'))

@@ -19,7 +19,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-
 # --- boxes ---------------------------------------------------------------------------------------------------------
 
 def box_iou(a, b):

@@ -24,7 +24,6 @@ What it does not do: hyperparameter search, experiment trackers, callbacks. Chan
 import contextlib
 import copy
 import csv
-import glob
 import math
 import os
 import random
@@ -90,7 +89,8 @@ momentum = 0.9                    # sgd's momentum (nesterov), beta1 of the othe
 beta2 = 0.999
 weight_decay = 0.05               # not on biases, norms and gates
 clip = 10.0                       # gradient norm, of a loss counted per image (sum over the batch)
-ema_decay = 0.9999                # reached as 1 - exp(-step / 2000)
+ema_decay = 0.9999                # times 1 - exp(-step / ema_tau)
+ema_tau = 2000                    # steps; a run of a few hundred steps wants less
 freeze = ''                       # 'backbone': its weights and statistics stay as they are
 freeze_bn = False                 # BatchNorm uses its running statistics and does not update them
 # machine
@@ -327,7 +327,8 @@ if main:                                                                        
     log_file.flush()
 
 try:
-    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True).stdout.strip()
+    here = os.path.dirname(os.path.abspath(__file__))
+    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True).stdout.strip()
 except OSError:                                                                       # no git on this machine
     commit = ''
 
@@ -412,12 +413,35 @@ def stop_for(reason, batch, losses):
             f'Try --dtype=float32 or a lower --lr, or leave out some such steps with --skip_nonfinite=10')
 
 
+def evaluate_and_tell(row, best):
+    """AP of the EMA weights -> log.csv, best.pt, pictures, one line; the best AP so far."""
+    t = time.time()
+    stats = evaluate(ema, val_set, imgsz, batch_size=max(1, micro), device=device, rank=rank, world_size=world)
+    if main:
+        if stats['AP'] > best:
+            write(os.path.join(out_dir, 'best.pt'), ema.checkpoint(AP=stats['AP'], step=step, config=config, commit=commit), keep=False)
+        best = max(best, stats['AP'])
+        log.writerow({**{name: row.get(name) for name in columns if name in ('step', 'epoch', 'lr') or name.startswith('gate_')},
+                      **{name: stats[name] for name in ('AP', 'AP50', 'AP75')}})
+        log_file.flush()
+        draw_curves()
+        draw_pictures()
+        gates = ''.join(f' | gate_{level} {block.gate.item():+.3f}' for level, block in model.blocks().items())
+        print(f'epoch {row["epoch"]:.2f} | AP {stats["AP"]:.4f} AP50 {stats["AP50"]:.4f} AP75 {stats["AP75"]:.4f} | best {best:.4f}{gates}'
+              f' | {time.time() - t:.1f} s | {(time.time() - started) / 60:.1f} min so far', flush=True)
+        if row['epoch'] > warmup_epochs + 3 and best < 0.002:
+            print('warning: AP is still near zero: look at python data.py show, and at the class ids of both files', flush=True)
+    return best
+
+
 # --- the loop ----------------------------------------------------------------------------------------------------------
 model.train()
 for module in frozen + [m for m in model.modules() if freeze_bn and isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]:
     module.eval()
 last = min(total_steps, max_steps) if max_steps else total_steps
 started, shown, waited, first_step, skipped, dry = time.time(), time.time(), 0.0, step, 0, 0
+if step == 0 and init_from != 'scratch':                                              # what the weights are worth as they come
+    best = evaluate_and_tell(dict(step=0, epoch=0.0, lr=0.0, **{f'gate_{level}': block.gate.item() for level, block in model.blocks().items()}), best)
 while step < last:
     # 1) learning rate
     epoch = step * batch_size / n_images
@@ -482,7 +506,7 @@ while step < last:
 
     # 5) EMA over optimizer steps, BatchNorm's statistics included
     step += 1
-    decay = ema_decay * (1 - math.exp(-step / 2000))
+    decay = ema_decay * (1 - math.exp(-step / ema_tau))
     with torch.no_grad():
         mine, theirs = ema.state_dict(), model.state_dict()
         floats = [name for name, value in mine.items() if value.is_floating_point()]
@@ -508,34 +532,22 @@ while step < last:
         left = (time.time() - started) / (step - first_step) * (last - step)
         if main:
             memory = f' | {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB' if device_type == 'cuda' else ''
-            print(f'step {step}/{total_steps} epoch {epoch:.2f} | box {row["box"]:.3f} cls {row["cls"]:.3f} dfl {row["dfl"]:.3f} | lr {now_lr:.2e} | '
-                  f'{row["objects"]:.1f} objects an image | {log_interval * batch_size / seconds:.1f} images/s{memory} | {left / 60:.1f} min left', flush=True)
+            print(f'step {step}/{total_steps} epoch {epoch:.2f} | box {row["box"]:.3f} cls {row["cls"]:.3f} dfl {row["dfl"]:.3f} | lr {now_lr:.2e}'
+                  f' | {row["objects"]:.1f} objects an image | {log_interval * batch_size / seconds:.1f} images/s{memory}'
+                  f' | {left / 60:.1f} min left', flush=True)
             log.writerow(row)
             log_file.flush()
             if waited > 0.3 * seconds and step - first_step > 2 * log_interval and not dry:
                 dry = 1
-                print(f'warning: {waited / seconds:.0%} of the time goes by waiting for data; raise --workers (now {workers}) or --cache_mb', flush=True)
+                print(f'warning: {waited / seconds:.0%} of the time goes by waiting for data; raise --workers (now {workers}) or --cache_mb',
+                      flush=True)
         shown, waited = time.time(), 0.0
 
     # 7) evaluate, save
     due = int(epoch / eval_interval + 1e-9) > int((step - 1) * batch_size / n_images / eval_interval + 1e-9) or step == last
     if due:
         t = time.time()
-        stats = evaluate(ema, val_set, imgsz, batch_size=max(1, micro), device=device, rank=rank, world_size=world)
-        if main:
-            improved = stats['AP'] > best
-            best = max(best, stats['AP'])
-            if improved:
-                write(os.path.join(out_dir, 'best.pt'), ema.checkpoint(AP=best, step=step, config=config, commit=commit), keep=False)
-            log.writerow({**row, **{name: '' for name in ('box', 'cls', 'dfl')}, **{name: stats[name] for name in ('AP', 'AP50', 'AP75')}})
-            log_file.flush()
-            draw_curves()
-            draw_pictures()
-            gates = ' '.join(f'gate_{level} {block.gate.item():+.3f}' for level, block in model.blocks().items())
-            print(f'epoch {epoch:.2f} | AP {stats["AP"]:.4f} AP50 {stats["AP50"]:.4f} AP75 {stats["AP75"]:.4f} | best {best:.4f} | {gates}'
-                  f' | {time.time() - t:.1f} s | {(time.time() - started) / 60:.1f} min so far', flush=True)
-            if epoch > warmup_epochs + 3 and best < 0.002:
-                print('warning: AP is still near zero: look at python data.py show, and at the class ids of both files', flush=True)
+        best = evaluate_and_tell(row, best)
         shown += time.time() - t
     told = torch.tensor(float(bool(stop)), device=device)
     if ddp:
@@ -548,8 +560,9 @@ while step < last:
 
 if main:
     log_file.close()
-    say(f'{(time.time() - started) / 60:.1f} min, {(step - first_step) * batch_size / max(time.time() - started, 1e-9):.1f} images/s with everything; best AP {best:.4f}'
-        f'; in {out_dir}: ' + ' '.join(sorted(os.path.basename(f) for f in glob.glob(os.path.join(out_dir, '*')))))
+    seconds = time.time() - started
+    say(f'{seconds / 60:.1f} min, {(step - first_step) * batch_size / seconds:.1f} images/s with everything; best AP {best:.4f}; in {out_dir}: '
+        + ' '.join(sorted(os.listdir(out_dir))))
 if ddp:
     dist.destroy_process_group()
 sys.exit(0)

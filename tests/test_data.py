@@ -300,7 +300,7 @@ def test_every_defect_is_counted_and_quoted(tmp_path):
         'image missing': 1, 'image listed twice': 1, 'unknown category': 1, 'annotation without image': 1, 'annotation without a proper bbox': 3,
         'box without area': 2, 'box beyond the border': 1, 'box outside its image': 1, 'box given twice': 1,
         'image unreadable': 1, 'image of another size': 1}
-    for kind, where in (('box without area', 'annotation 11 of image 1'), ('unknown category', 'category_id 99'), ('image missing', 'gone.png'),
+    for kind, where in (('box without area', 'image 1, annotation 11'), ('unknown category', 'category_id 99'), ('image missing', 'gone.png'),
                         ('image unreadable', 'junk.png'), ('image of another size', 'small.png is 100x80'), ('annotation without image', 'image 77')):
         assert where in ds.problems[kind][1]
     assert ds.boxes[0].tolist() == [[10, 10, 30, 30], [0, 70, 20, 80], [0, 0, 100, 80]]       # half a pixel too many is rounding
@@ -467,7 +467,7 @@ def test_real_coco():
     ds = DetectionDataset(os.path.join(SHARED, 'coco', 'train.json'), imgsz=320, augment=FULL)
     assert len(ds) == 60 and len(ds.names) == 80 and ds.category_ids[-1] == 90 and ds.names[0] == 'person'
     assert {kind: count for kind, (count, _) in ds.problems.items()} == {'box without area': 1}
-    assert 'annotation 50016758' in ds.problems['box without area'][1]
+    assert 'image 361919, annotation 50016758' in ds.problems['box without area'][1]
     truth = ds.coco()
     assert len(truth['annotations']) == 652
     assert sum(map(len, ds.labels)) == 652 - 1 - sum(a['iscrowd'] for a in truth['annotations'])

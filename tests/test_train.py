@@ -135,7 +135,8 @@ def test_full_disk_costs_the_newest_file_only(shapes, tmp_path):
 
 
 def test_sigterm_saves_and_leaves(shapes, tmp_path):
-    process = subprocess.Popen(command(shapes, tmp_path, '--epochs=4000', '--eval_interval=4000'), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(shapes, tmp_path, '--epochs=4000', '--eval_interval=4000'), cwd=ROOT, env=ENV,
+                               stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith('step'):
             process.send_signal(signal.SIGTERM)
@@ -153,8 +154,9 @@ def test_everything_at_once(shapes, tmp_path):
     torch.manual_seed(1)
     model = HSVDET(HSVDETConfig(num_classes=6, k=8, attn='SFD', one2one=True))
     model.save(start)
-    train(shapes, tmp_path, f'--init_from={start}', '--attn=SFD', '--one2one=True', '--checkpointing=True', '--freeze=backbone', '--optimizer_neck=sgd',
-          '--optimizer_head=lion', '--lr_head=0.3', '--imgsz=(64, 96)', '--dtype=bfloat16', '--mixup=0.5', '--max_steps=4', '--workers=1')
+    train(shapes, tmp_path, f'--init_from={start}', '--attn=SFD', '--one2one=True', '--checkpointing=True', '--freeze=backbone',
+          '--optimizer_neck=sgd', '--optimizer_head=lion', '--lr_head=0.3', '--imgsz=(64, 96)', '--dtype=bfloat16', '--mixup=0.5',
+          '--max_steps=4', '--workers=1')
     after = load(tmp_path / 'ckpt.pt')['model']
     moved = {name.split('.')[0] for name, p in model.state_dict().items() if not torch.equal(p, after[name])}
     assert not moved & {'stem', 'stage2', 'down5', 'sppf'}

@@ -1,0 +1,198 @@
+"""Exported networks, loaded again, against eager ones: at scale n on small noise, with open gates so that the blocks matter."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+for package in ('onnx', 'onnxscript', 'onnxruntime'):
+    pytest.importorskip(package)
+
+import onnx
+
+import export
+from data import InputError
+from eval import OnnxModel, input_shape
+from export import difference, export_onnx, export_torch, pictures, quantise, reload
+from model import HSVDET, HSVDETConfig
+
+SHAPE = (64, 96)                     # P4 has 24 tokens, of which k = 10 attend; P5 has 6, and all do
+pytestmark = pytest.mark.filterwarnings('ignore:.*LeafSpec.*:FutureWarning')          # torch.export's own, in torch 2.13
+
+
+def noise(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def make(gate=0.7, **settings):
+    """A fused model whose signal does not die on the way (BatchNorm knows its statistics), with scores all over 0..1."""
+    torch.manual_seed(0)
+    model = HSVDET(HSVDETConfig(**{'num_classes': 3, 'k': 10, **settings}))
+    model.names = ['one', 'zwei', 'três']
+    for block in model.blocks().values():
+        block.gate.fill_(gate)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    model.train()(noise(4, 3, *SHAPE))
+    for head in filter(None, (model.detect_head, model.one2one_head)):
+        for branch in [*head.box, *head.cls]:
+            nn.init.normal_(branch[-1].weight, std=0.02)
+            nn.init.normal_(branch[-1].bias, -1)
+    return model.fuse()
+
+
+@torch.no_grad()
+def agree(model, network, path, *shapes):
+    for shape in shapes:
+        box, score = difference(model, network, reload(path), noise(*shape))
+        assert box < 0.02 and score < 2e-4, f'{shape}: {box} px, {score}'
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    """model, network, path of an ordinary export."""
+    model, path = make(), str(tmp_path_factory.mktemp('export') / 'plain.onnx')
+    return model, export_onnx(model, path, SHAPE), path
+
+
+def test_onnx_equals_eager(plain):
+    """k < N at P4 and k > N at P5, and a block that is not there would be noticed."""
+    agree(*plain, (1, 3, *SHAPE))
+    with torch.no_grad():
+        box, score = difference(make(gate=0.0), plain[1], reload(plain[2]), noise(1, 3, *SHAPE))
+    assert box > 1 and score > 0.02
+
+
+def test_a_flat_picture_ties(plain):
+    """Equal tokens compete for the last places: ONNX breaks the tie as we do."""
+    with torch.no_grad():
+        box, score = difference(*plain[:2], reload(plain[2]), torch.full((1, 3, *SHAPE), 114 / 255))
+    assert box < 0.02 and score < 2e-4
+
+
+def test_metadata_and_names(plain):
+    loaded, file = OnnxModel(plain[2]), onnx.load(plain[2])
+    assert loaded.names == ['one', 'zwei', 'três'] and input_shape(loaded, 0) == SHAPE and not loaded.ends_in_nms
+    about = {p.key: p.value for p in file.metadata_props}
+    assert json.loads(about['imgsz']) == [64, 96] and about['stride'] == '32' and about['num_classes'] == '3' and about['precision'] == 'fp32'
+    assert '114' in about['preprocessing'] and 'RGB' in about['preprocessing'] and 'x1, y1, x2, y2' in about['boxes'] and 'conf' not in about
+    assert {'stem', 'block4', 'block5', 'detect_head', 'after'} <= {node.name.split('/')[0] for node in file.graph.node}
+    with pytest.raises(InputError, match='exported at'):
+        input_shape(loaded, 640)
+
+
+def test_dynamic(tmp_path):
+    """One file, any batch and size; k is min(k, N) in each."""
+    model, path = make(), str(tmp_path / 'dynamic.onnx')
+    network = export_onnx(model, path, SHAPE, dynamic=True)
+    agree(model, network, path, (2, 3, 64, 96), (1, 3, 64, 64), (3, 3, 128, 64), (1, 3, 160, 192))
+    loaded = OnnxModel(path)
+    assert loaded.fixed is None and input_shape(loaded, 0) == SHAPE and input_shape(loaded, 320) == (320, 320)
+
+
+@pytest.mark.parametrize('multi_label', [False, True])
+def test_nms_inside_equals_detect(multi_label, tmp_path):
+    model, path = make(attn='---'), str(tmp_path / 'nms.onnx')
+    network = export_onnx(model, path, SHAPE, dynamic=multi_label, nms=True, conf=0.3, iou=0.5, max_det=40, multi_label=multi_label)
+    shapes = [(1, 3, *SHAPE), (2, 3, 96, 64)][:1 + multi_label]
+    agree(model, network, path, *shapes)
+    for shape in shapes:
+        rows, x = reload(path)(noise(*shape))[0], noise(*shape)
+        found = [len(d) for d in model.detect(x, 0.3, 0.5, 40, multi_label)]
+        assert rows.shape == (len(x), 40, 6) and (rows[..., 4] > 0).sum(1).tolist() == found
+        assert 10 < min(found) < len(model.detect(x, 0.3, 1.0, 500, multi_label)[0]), 'something was suppressed'
+        assert (rows[..., 4].diff(dim=1) <= 0).all() and (rows[rows[..., 4] == 0] == 0).all()
+    about = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert (about['conf'], about['iou'], about['max_det']) == ('0.3', '0.5', '40') and OnnxModel(path).ends_in_nms
+
+
+def test_one2one_needs_no_nms(tmp_path):
+    model, path = make(attn='---', one2one=True), str(tmp_path / 'one2one.onnx')
+    network = export_onnx(model, path, SHAPE, nms=True, one2one=True, max_det=30)
+    agree(model, network, path, (1, 3, *SHAPE))
+    nodes = onnx.load(path).graph.node
+    assert 'NonMaxSuppression' not in {node.op_type for node in nodes}
+    assert not any(node.name.startswith('detect_head') for node in nodes), 'the one-to-many head stays at home'
+
+
+def test_fp16_keeps_the_island(tmp_path):
+    """Backbone in float16; importance, LayerNorm, softmax and both products of the attention in float32; nothing overflows."""
+    model, path = make(), str(tmp_path / 'half.onnx')
+    model.sppf.conv_out.conv.weight *= 40                            # then |x|^2 is far above 65,504 at both blocks
+    model.sppf.conv_out.conv.bias *= 40
+    seen = []
+    hook = model.block5.register_forward_pre_hook(lambda _, x: seen.append(x[0].square().sum(1).max().item()))
+    with torch.no_grad():
+        boxes, scores = model.decode(model(noise(1, 3, *SHAPE))[0])
+    hook.remove()
+    assert seen[0] > 1e6
+    export_onnx(model, path, SHAPE, precision='fp16')
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path), data_prop=True).graph
+    kind = {v.name: v.type.tensor_type.elem_type for v in [*graph.value_info, *graph.input, *graph.output]}
+    kind |= {t.name: t.data_type for t in graph.initializer}
+    count = dict.fromkeys(('ReduceL2', 'TopK', 'LayerNormalization', 'MatMul', 'Softmax'), 0)
+    for node in graph.node:
+        if node.op_type in count:
+            count[node.op_type] += 1
+            assert kind[node.input[0]] == onnx.TensorProto.FLOAT, f'{node.name} computes in half precision'
+            assert onnx.TensorProto.FLOAT16 not in {kind[name] for name in [*node.input, *node.output] if name}
+    assert count['TopK'] == count['ReduceL2'] == 1 and count['LayerNormalization'] == 4 and count['MatMul'] == 8 and count['Softmax'] == 3
+    assert {kind[node.input[0]] for node in graph.node if node.op_type == 'Conv'} == {onnx.TensorProto.FLOAT16}
+    assert all(kind[v.name] == onnx.TensorProto.FLOAT for v in [*graph.input, *graph.output])
+    got = reload(path)(noise(1, 3, *SHAPE))
+    assert got[0].isfinite().all() and (got[1] - scores).abs().mean() < 0.01 and (got[0] - boxes).abs().mean() < 1
+    assert model.stem.conv.weight.dtype == torch.float32, 'the model itself is left as it was'
+
+
+def test_int8(plain, tmp_path):
+    model, network, source = plain
+    for symmetric in (False, True):
+        path = shutil.copy(source, tmp_path / f'int8_{symmetric}.onnx')
+        quantise(path, [noise(1, 3, *SHAPE).numpy()], symmetric)
+        nodes = onnx.load(path).graph.node
+        made_by = {name: node for node in nodes for name in node.output}
+        integer = {node.name for node in nodes if node.op_type == 'Conv' and made_by[node.input[1]].op_type == 'DequantizeLinear'}
+        every = {node.name for node in nodes if node.op_type == 'Conv'}
+        assert all(name.startswith('block') or '/2/' in name and 'head' in name for name in every - integer) and len(every - integer) == 8
+        zero = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if 'zero_point' in t.name}
+        assert symmetric == all(np.all(z == 0) for z in zero.values())
+        got = reload(path)(noise(1, 3, *SHAPE))
+        with torch.no_grad():
+            scores = model.decode(model(noise(1, 3, *SHAPE))[0])[1]
+        assert (got[1] - scores).abs().mean() < 0.05
+        assert OnnxModel(path).names == model.names
+
+
+def test_torch_export(tmp_path):
+    model, path = make(), str(tmp_path / 'program.pt2')
+    network = export_torch(model, path, SHAPE, dynamic=True)
+    agree(model, network, path, (1, 3, 64, 96), (2, 3, 128, 64))
+    extra = {'about.json': ''}
+    torch.export.load(path, extra_files=extra)
+    assert json.loads(json.loads(extra['about.json'])['names']) == model.names
+
+
+def test_drawn_pictures_when_there_are_no_data():
+    a, b = pictures(None, SHAPE, 2)
+    assert a.shape == (1, 3, *SHAPE) and 0 <= a.min() and a.max() <= 1 and not torch.equal(a, b)
+
+
+@pytest.mark.parametrize('settings, sentence', [
+    (dict(format='tflite'), 'onnx or torch_export'), (dict(precision='int4'), 'fp32, fp16 or int8'), (dict(precision='int8'), 'add --calibration='),
+    (dict(weights='best.onnx'), r'give the \.pt'), (dict(out='x.pt'), r'ends in \.onnx'), (dict(out='no/such/x.onnx'), 'cannot be written'),
+    (dict(format='torch_export', nms=True), 'use --format=onnx'), (dict(imgsz=100), 'multiples of 32'), (dict(one2one=True), 'no one-to-one head'),
+    (dict(weights='none.pt'), 'not found'), (dict(dynamic=True, imgsz=32), 'sides of 64 and more'), (dict(data='none.json'), 'none.json')])
+def test_the_users_mistakes(settings, sentence, monkeypatch, tmp_path):
+    make(attn='---').save(tmp_path / 'w.pt')
+    monkeypatch.chdir(tmp_path)
+    for name, value in {'weights': 'w.pt', **settings}.items():
+        monkeypatch.setattr(export, name, value)
+    monkeypatch.setattr(HSVDET, 'fuse', lambda self: self)           # the file holds the fused form already
+    monkeypatch.setattr(HSVDET, 'from_pretrained', classmethod(lambda cls, path: make(attn='---')) if settings.get('weights') != 'none.pt'
+                        else HSVDET.from_pretrained)
+    with pytest.raises(InputError, match=sentence):
+        export.main()
