@@ -765,30 +765,71 @@ def draw_shapes(rng, size=256):
     return Image.fromarray(canvas), labels, boxes
 
 
-def make_shapes(out='data/shapes', train=1600, val=200, size=256, seed=0):
-    """Write train.json, val.json, images/train/*.jpg, images/val/*.jpg under `out`. Picture i depends on (seed, split, i) only."""
+def write_set(out, names, draw, train, val, seed, judged):
+    """
+    Write train.json, val.json, images/train/*.jpg, images/val/*.jpg under `out`. Picture i is draw(rng of (seed, split, i))
+    -> PIL.Image, labels, boxes, and depends on nothing else. val.json holds the objects with a label in `judged` only.
+    """
     start = time.time()
     for split, name, count in ((0, 'val', val), (1, 'train', train)):
         folder, file = os.path.join(out, 'images', name), os.path.join(out, f'{name}.json')
-        data = dict(info=dict(description=f'shapes, seed {seed}'), images=[], annotations=[],
-                    categories=[dict(id=i, name=shape) for i, shape in enumerate(SHAPES, 1)])
+        data = dict(info=dict(description=f'made by data.py, seed {seed}'), images=[], annotations=[],
+                    categories=[dict(id=i, name=kind) for i, kind in enumerate(names, 1)])
         try:
             os.makedirs(folder, exist_ok=True)
             for i in range(1, count + 1):
-                image, labels, boxes = draw_shapes(np.random.default_rng((seed, split, i)), size)
+                image, labels, boxes = draw(np.random.default_rng((seed, split, i)))
                 image.save(os.path.join(folder, f'{i:06d}.jpg'), quality=92)
-                data['images'].append(dict(id=i, file_name=f'{i:06d}.jpg', width=size, height=size))
+                data['images'].append(dict(id=i, file_name=f'{i:06d}.jpg', width=image.width, height=image.height))
                 for label, (x1, y1, x2, y2) in zip(labels, boxes, strict=True):
-                    box = [round(float(v), 2) for v in (x1, y1, x2 - x1, y2 - y1)]
-                    data['annotations'].append(dict(id=len(data['annotations']) + 1, image_id=i, category_id=label + 1,
-                                                    bbox=box, area=round(box[2] * box[3], 2), iscrowd=0))
+                    if split == 1 or label in judged:
+                        box = [round(float(v), 2) for v in (x1, y1, x2 - x1, y2 - y1)]
+                        data['annotations'].append(dict(id=len(data['annotations']) + 1, image_id=i, category_id=label + 1,
+                                                        bbox=box, area=round(box[2] * box[3], 2), iscrowd=0))
                 if i == count or sys.stdout.isatty() and i % 20 == 0:
                     print(f'\r{folder}: {i}/{count} pictures, {time.time() - start:.0f} s', end='\n' if i == count else '', flush=True)
             with open(file + '.part', 'w', encoding='utf-8') as f:
                 json.dump(data, f)
             os.replace(file + '.part', file)                           # train.json comes last, and says that all is there
         except OSError as e:
-            raise InputError(f'cannot write the shapes to {out} ({e.strerror}): choose another folder with --out=') from None
+            raise InputError(f'cannot write the pictures to {out} ({e.strerror}): choose another folder with --out=') from None
+
+
+def make_shapes(out='data/shapes', train=1600, val=200, size=256, seed=0):
+    """The quick start's set: see draw_shapes."""
+    write_set(out, SHAPES, lambda rng: draw_shapes(rng, size), train, val, seed, range(len(SHAPES)))
+
+
+# A set that only global context solves. A strip 2,048 px long and 32 high: near its left end a lamp, red, green or
+# blue; beyond column 1,100 some white discs. A disc's class is the lamp's colour, more than 1,000 px away, where the
+# convolutions of scale n see 625 px to either side at the very most (all kernels of the longest path added up).
+LAMPS = {'red': (230, 40, 40), 'green': (40, 200, 60), 'blue': (50, 80, 240)}
+
+
+def draw_far(rng, size=(2048, 32)):
+    """One strip -> PIL.Image, labels (n,): 0..2 the lamp, 3..5 the discs, boxes (n, 4)."""
+    W, H = size
+    grey = Image.fromarray(rng.integers(60, 190, (1, W // 16), np.uint8)).resize(size, Image.BICUBIC)
+    canvas = Image.fromarray((np.asarray(grey) + rng.normal(0, 6, (H, W))).clip(0, 255).astype(np.uint8)).convert('RGB')
+    pen, colour, x = ImageDraw.Draw(canvas), int(rng.integers(3)), rng.uniform(4, 30)
+    labels, boxes, end = [colour], [(x, 4, x + 24, 28)], 0
+    pen.rectangle(boxes[0], fill=tuple(LAMPS.values())[colour])
+    for x in np.sort(rng.uniform(1100, W - 32, rng.integers(3, 7))):
+        side = rng.uniform(14, 26)
+        y = rng.uniform(1, H - 1 - side)
+        if x > end + 2:
+            pen.ellipse((x, y, x + side, y + side), fill=(255, 255, 255), outline=(0, 0, 0), width=2)
+            labels.append(3 + colour)
+            boxes.append((x, y, x + side, y + side))
+            end = x + side
+    return canvas, labels, boxes
+
+
+def make_far(out='data/far', train=1500, val=200, seed=0):
+    """See draw_far. Lamps are labelled in training, so that their colour is worth knowing; val.json lists the discs alone,
+    so that its AP is theirs."""
+    names = [f'{colour} lamp' for colour in LAMPS] + [f'{colour} disc' for colour in LAMPS]
+    write_set(out, names, draw_far, train, val, seed, range(3, 6))
 
 
 # ------------------------------------------------------------------------------------------ COCO download
@@ -1110,8 +1151,8 @@ def show(config, settings, out='out/show.png'):
             k[name] = text if isinstance(k[name], str) else ast.literal_eval(text)
         except (SyntaxError, ValueError):
             raise InputError(f'--{name}={text}: must be of the kind of {k[name]!r}') from None
-    if k['make_data'] == 'shapes' and not os.path.exists(k['train_data']):
-        make_shapes(os.path.dirname(k['train_data']))
+    if k['make_data'] and not os.path.exists(k['train_data']):
+        {'shapes': make_shapes, 'far': make_far}[k['make_data']](os.path.dirname(k['train_data']))
     augment = dict(mosaic=k['mosaic'], mixup=k['mixup'], scale=k['scale_aug'], translate=k['translate'],
                    hsv=(k['hsv_h'], k['hsv_s'], k['hsv_v']), flip=k['flip'], block=k['mosaic_block'])
     data = DetectionDataset(k['train_data'], k['train_images'], k['imgsz'], augment, k['seed'], k['cache_mb'])
@@ -1123,19 +1164,20 @@ def main(args):
     """The commands of the first page."""
     options = dict(arg[2:].split('=', 1) for arg in args if arg.startswith('--') and '=' in arg)
     words = [arg for arg in args if not (arg.startswith('--') and '=' in arg)]
-    takes = dict(shapes=('out', 'seed'), check=('images', 'out'), show=None, coco20=None, coco=None)        # None: looked at later
+    takes = dict(shapes=('out', 'seed'), far=('out', 'seed'), check=('images', 'out'), show=None, coco20=None, coco=None)      # None: asked later
     command = words[0] if words else ''
     wrong = next((w for w in words[1 + (command in ('check', 'show')):]), None)
     if command not in takes or wrong or (command in ('check', 'show') and len(words) < 2):
-        raise InputError(f'{wrong or command or "no command"} is not understood; there are: python data.py shapes, coco20, coco, '
-                         'check PATH, show config/NAME.py')
+        raise InputError(f'{wrong or command or "no command"} is not understood; there are: python data.py shapes, far, coco20, '
+                         'coco, check PATH, show config/NAME.py')
     for name in options:
         if takes[command] is not None and name not in takes[command]:
             raise InputError(f'--{name}: python data.py {command} takes ' + ' and '.join(f'--{n}=' for n in takes[command]))
-    if command == 'shapes':
+    if command in ('shapes', 'far'):
         if not options.get('seed', '0').isdigit():
             raise InputError(f'--seed={options["seed"]}: must be a whole number')
-        make_shapes(options.get('out', 'data/shapes'), seed=int(options.get('seed', 0)))
+        make = {'shapes': make_shapes, 'far': make_far}[command]
+        make(options.get('out', f'data/{command}'), seed=int(options.get('seed', 0)))
     elif command == 'check':
         check(words[1], **options)
     elif command in ('coco20', 'coco'):

@@ -23,13 +23,11 @@ Elsewhere; these commands were NOT RUN HERE:
         trtexec --onnx=best_fp16.onnx --saveEngine=best.engine --stronglyTyped
         with --dynamic=True also --minShapes=images:1x3x320x320 --optShapes=images:8x3x640x640 --maxShapes=images:16x3x1088x1920
     TensorRT 8 to 10, weakly typed, from the fp32 file: the island by layer precision (k at most 3,840).
-        trtexec --onnx=best.onnx --saveEngine=best.engine --fp16 --precisionConstraints=obey \\
-                --layerPrecisions='block4/*:fp32,block5/*:fp32,after/*:fp32'
+        trtexec --onnx=best.onnx --saveEngine=best.engine --fp16 --precisionConstraints=obey --layerPrecisions='block*:fp32,after*:fp32'
     TensorRT, INT8, from --precision=int8 --symmetric=True (8: --int8 in place of the last flag):
         trtexec --onnx=best_int8.onnx --saveEngine=best.engine --stronglyTyped
     CoreML, from --format=torch_export, after pip install coremltools:
-        python -c "import torch, coremltools as ct; p = torch.export.load('best.pt2').run_decompositions({}); \\
-                   ct.convert(p, minimum_deployment_target=ct.target.iOS18).save('best.mlpackage')"
+        python -c "import torch, coremltools as ct; ct.convert(torch.export.load('best.pt2').run_decompositions({})).save('best.mlpackage')"
 
 What it does not do: quantisation-aware training, pruning. Paper: integer quantisation, Jacob et al. 2018 (1712.05877).
 """
@@ -40,15 +38,12 @@ import json
 import logging
 import os
 import re
-import statistics
-import sys
 import timeit
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.export import Dim
 
 from configurator import configure
 from data import DetectionDataset, InputError, draw_shapes, letterbox
@@ -76,7 +71,7 @@ QUANTISED = ['Conv', 'Concat', 'MaxPool', 'Resize', 'Add', 'Mul', 'Sigmoid', 'Sp
 FLOAT = re.compile(r'block\d/|after/|\w+_head/(node_|(box|cls)/\d/2/)')              # nodes that int8 leaves alone
 
 
-# --- the network that leaves -------------------------------------------------------------------------------------------
+# --- the network that leaves, and its formats ---------------------------------------------------------------------------
 
 @torch.library.custom_op('hsvdet::suppress', mutates_args=())
 def suppress(boxes: torch.Tensor, scores: torch.Tensor, conf: float, iou: float, max_det: int) -> torch.Tensor:
@@ -103,7 +98,6 @@ class Exported(nn.Module):
         super().__init__()
         self.model, self.nms, self.one2one, self.multi_label = model, nms, one2one, multi_label
         self.conf, self.iou, self.max_det = float(conf), float(iou), max_det
-        self.eval()
 
     def forward(self, images):
         maps, _ = self.model(images.to(self.model.stem.conv.weight.dtype), one2one=self.one2one)
@@ -128,19 +122,17 @@ def prepare(model, imgsz, dynamic, precision, how):
         raise InputError('select=random is a control for training, which no format can hold: export a model of another selection')
     if dynamic and ('S' in cfg.attn and 0 < cfg.k < 1 or min(H, W) < 64):
         raise InputError(f'--dynamic=True takes sides of 64 and more and k as a count, got {H}x{W} and k={cfg.k}: use --dynamic=False')
-    network = Exported(copy.deepcopy(model).half() if precision == 'fp16' else model, **how)
-    free = {0: Dim('batch', min=1, max=1024), 2: 32 * Dim('h', min=2, max=512), 3: 32 * Dim('w', min=2, max=512)}
-    example = torch.rand(1 + dynamic, 3, H, W)                                        # a free side must not be traced at 1
+    network = Exported(copy.deepcopy(model).half() if precision == 'fp16' else model, **how).eval()
+    free = {0: torch.export.Dim('batch'), 2: 32 * torch.export.Dim('h'), 3: 32 * torch.export.Dim('w')}
     about = dict(
         names=json.dumps(model.names), num_classes=cfg.num_classes, stride=32, imgsz=json.dumps([H, W]), precision=precision, one2one=network.one2one,
         model=f'HSV-DET-{cfg.scale} attn={cfg.attn} k={cfg.k} select={cfg.select}',
         preprocessing='RGB, scaled with antialiasing to fit (H, W) with its aspect kept, centred on grey 114, divided by 255; (B, 3, H, W) float32',
         boxes='x1, y1, x2, y2 in pixels of the network input; in the picture (x - left) / scale, (y - top) / scale')
     about |= dict(conf=network.conf, iou=network.iou, max_det=network.max_det, multi_label=network.multi_label) if network.nms else {}
-    return network, (example,), (free,) if dynamic else None, {name: str(value) for name, value in about.items()}
+    # (two example images where the batch is free: one would make it a constant)
+    return network, (torch.rand(1 + dynamic, 3, H, W),), (free,) if dynamic else None, {name: str(value) for name, value in about.items()}
 
-
-# --- formats -----------------------------------------------------------------------------------------------------------
 
 def export_onnx(model, path, imgsz, dynamic=False, precision='fp32', **how):
     """A fused model -> an ONNX file for images of imgsz (H, W). how: Exported's settings. (int8: then quantise it.)"""
@@ -150,9 +142,8 @@ def export_onnx(model, path, imgsz, dynamic=False, precision='fp32', **how):
     logging.getLogger('torch.onnx._internal.exporter._registration').setLevel(logging.ERROR)      # it misses torchvision, we do not
     network, example, free, about = prepare(model, imgsz, dynamic, precision, how)
     program = torch.onnx.export(
-        network, example, dynamo=True, opset_version=18, dynamic_shapes=free, input_names=['images'], verbose=False,
-        output_names=['detections'] if network.nms else ['boxes', 'scores'],
-        custom_translation_table={torch.ops.hsvdet.suppress.default: onnx_suppress})
+        network, example, dynamo=True, opset_version=18, dynamic_shapes=free, verbose=False, input_names=['images'], output_names=['detections']
+        if network.nms else ['boxes', 'scores'], custom_translation_table={torch.ops.hsvdet.suppress.default: onnx_suppress})
     for node in program.model.graph:                                                  # ['', 'model', 'model.stem', ...]
         scopes = ast.literal_eval(node.metadata_props.get('pkg.torch.onnx.name_scopes', '[]'))
         scope = next((s for s in reversed(scopes) if s.startswith('model.')), 'model.after')
@@ -188,10 +179,8 @@ def export_torch(model, path, imgsz, dynamic=False, precision='fp32', **how):
 
 def reload(path):
     """The file as it lies on the disk -> a function from images to outputs."""
-    if path.endswith('.pt2'):
-        return torch.export.load(path).module()
-    session = OnnxModel(path)
-    return lambda x: session(x)[0]
+    network = torch.export.load(path).module() if path.endswith('.pt2') else OnnxModel(path)
+    return network if path.endswith('.pt2') else lambda x: network(x)[0]
 
 
 def difference(model, network, run, x, sure=0.0):
@@ -223,11 +212,10 @@ def pictures(dataset, shape, count):
 def check(model, network, path, shape, dynamic=False, dataset=None, sure=0.0):
     """Print how the file compares with the model; -> the largest errors of a box in pixels and of a score."""
     run, xs = reload(path), list(pictures(dataset, shape, 8))
-    table = {'ms per image': [1e3 * statistics.median(timeit.repeat(lambda f=f: f(xs[0]), number=1, repeat=11)) for f in (
+    table = {'ms per image': [1e3 * np.median(timeit.repeat(lambda f=f: f(xs[0]), number=1, repeat=11)) for f in (
         lambda x: model.decode(model(x, one2one=network.one2one)[0]), run)]}
     if dynamic:                                                      # and two in one batch at half the size, where k may exceed N
-        half = [max(64, n // 64 * 32) for n in shape]
-        xs.append(F.interpolate(torch.cat((xs[0], xs[-1])), half, mode='bilinear', antialias=True))
+        xs.append(F.interpolate(torch.cat((xs[0], xs[-1])), [max(64, n // 64 * 32) for n in shape], mode='bilinear', antialias=True))
     worst = np.max([difference(model, network, run, x, sure) for x in xs], 0).tolist()
     table |= {'largest box error, px' + f', where scores reach {sure}' * bool(sure): ['', worst[0]], 'largest score error': ['', worst[1]]}
     if dataset and path.endswith('.onnx'):
@@ -265,7 +253,7 @@ def main():
         quantise(path, (x.numpy() for x in pictures(seen, shape, 64)), symmetric)
     box, score = check(model, network, path, shape, dynamic, dataset, 0.0 if precision == 'fp32' else 0.25)
     if precision == 'fp32' and not (box <= 0.05 and score <= 1e-3):
-        sys.exit(f'error: {path} is not the network it was made of, {box:.3g} px and {score:.3g} apart where 0.05 and 0.001 may be: do not use it')
+        raise SystemExit(f'error: {path} is another network, {box:.3g} px and {score:.3g} away where 0.05 and 0.001 may be: do not use it')
 
 
 if __name__ == '__main__':

@@ -38,7 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from configurator import configure
-from data import DetectionDataset, InputError, collate, draw_boxes, make_shapes
+from data import DetectionDataset, InputError, collate, draw_boxes, make_far, make_shapes
 from eval import evaluate
 from model import BACKBONE, HSVDET, HSVDETConfig, read_checkpoint
 
@@ -51,7 +51,7 @@ train_data = 'data/shapes/train.json'
 train_images = ''                 # folder of the images, '' looks beside the json
 val_data = 'data/shapes/val.json'
 val_images = ''
-make_data = ''                    # 'shapes': make the synthetic set when train_data is not there
+make_data = ''                    # 'shapes' or 'far': make this synthetic set if train_data is not there
 imgsz: int | tuple = 640          # pixels, multiples of 32; int, or (H, W)
 multi_scale = 0.0                 # 0.5: batches are resized by a random factor 0.5..1.5
 workers = -1                      # loader processes; -1: 1 beside a CPU that trains, else up to 8
@@ -163,16 +163,16 @@ def say(*words):
 
 
 # --- data ----------------------------------------------------------------------------------------------------------------
-if make_data == 'shapes' and main and not os.path.exists(train_data):
-    make_shapes(os.path.dirname(train_data))
+if make_data not in ('', 'shapes', 'far'):
+    raise InputError(f"--make_data={make_data}: must be 'shapes', 'far' or nothing")
+if make_data and main and not os.path.exists(train_data):
+    {'shapes': make_shapes, 'far': make_far}[make_data](os.path.dirname(train_data))
 if ddp:
     dist.barrier()
 augment = dict(mosaic=mosaic, mixup=mixup, scale=scale_aug, translate=translate, hsv=(hsv_h, hsv_s, hsv_v), flip=flip,
                close_epoch=epochs - close_epochs, block=mosaic_block)
 train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cache_mb)
-val_set = DetectionDataset(val_data, val_images, imgsz)
-if train_set.names != val_set.names:
-    raise InputError(f'{train_data} and {val_data} name different classes: {train_set.names[:5]} against {val_set.names[:5]}')
+val_set = DetectionDataset(val_data, val_images, imgsz, names=train_set.names)           # classes in the training set's order
 objects = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.names))
 say(f'train: {len(train_set)} images, {objects.sum()} objects, {len(objects)} classes; val: {len(val_set)} images')
 for where, s in ((train_data, train_set), (val_data, val_set)):

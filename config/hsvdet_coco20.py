@@ -26,3 +26,4 @@ lr_final = 1e-5
 weight_decay = 0.05
 scale_aug = 0.9
 mixup = 0.15
+mosaic_block = 64            # mosaic partners among 64 neighbours of the epoch's order: one decode per sample, not four
