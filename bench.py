@@ -14,6 +14,7 @@ compare within one run. It takes train.py's settings, so that it measures what t
 import contextlib
 import copy
 import csv
+import functools
 import os
 import platform
 import statistics
@@ -185,63 +186,69 @@ def bench_attention():
     print(f'-> {out_dir}/attention.png')
 
 
+PARTS = dict.fromkeys(BACKBONE, 'backbone') | dict.fromkeys(('block3', 'block4', 'block5'), 'attention') | {'detect_head': 'head'}
+
+
+def clock_parts(model):
+    """Seconds by part, filled anew by every forward pass of the model: a dict."""
+    spent, begun = {}, [0.0]
+
+    def start(module, args):
+        sync()
+        begun[0] = time.perf_counter()
+
+    def stop(module, args, output, part):
+        sync()
+        spent[part] = spent.get(part, 0.0) + time.perf_counter() - begun[0]
+
+    for name, layer in model.named_children():
+        layer.register_forward_pre_hook(start)
+        layer.register_forward_hook(functools.partial(stop, part=PARTS.get(name, 'neck')))
+    return spent
+
+
+def post(model, maps):
+    boxes, scores = model.decode(maps)
+    select_detections(boxes[0], scores[0], 0.25, 0.7, 300, False, True)
+
+
+@torch.no_grad()
 def bench_latency():
-    """One image through the inference form. Parts are timed by hooks around the layers, post is decode and NMS at 0.25."""
+    """
+    One image through the network, batch 1. "by part" is the inference form with a clock around every layer, post is
+    decode and NMS at 0.25; the rows without parts are whole forward passes, without post.
+    """
     rows = []
     for H, W in run.sizes:
         x = torch.rand(1, 3, H, W, device=run.device).to(memory_format=torch.channels_last)
-        models = {attn: make(attn).fuse() for attn in dict.fromkeys(('---', run.attn))}
-        runs = {}
-        with torch.no_grad():
-            for name, model in models.items():
-                spent, begun = {}, {}
-
-                def part_of(layer):
-                    return 'backbone' if layer in BACKBONE else 'attention' if layer.startswith('block') else 'head' if 'head' in layer else 'neck'
-
-                def before(module, args, layer=None, begun=begun):
-                    sync()
-                    begun[layer] = time.perf_counter()
-
-                def after(module, args, output, layer=None, begun=begun, spent=spent):
-                    sync()
-                    part = part_of(layer)
-                    spent[part] = spent.get(part, 0.0) + time.perf_counter() - begun[layer]
-
-                hooks = []
-                for layer, module in model.named_children():
-                    hooks.append(module.register_forward_pre_hook(lambda m, a, layer=layer, f=before: f(m, a, layer)))
-                    hooks.append(module.register_forward_hook(lambda m, a, o, layer=layer, f=after: f(m, a, o, layer)))
-                runs[name] = (model, spent, hooks)
-            samples = {name: [] for name in models}
-            for i in range(run.repeats + 2):                                          # in turn, so that drift hits all alike
-                for name, (model, spent, _) in runs.items():
-                    spent.clear()
-                    maps, _ = model(x)
-                    sync()
-                    t = time.perf_counter()
-                    boxes, scores = model.decode(maps)
-                    select_detections(boxes[0], scores[0], 0.25, 0.7, 300, False, True)
-                    sync()
-                    if i >= 2:
-                        samples[name].append({**spent, 'post': time.perf_counter() - t})
-            for name, (model, _, hooks) in runs.items():
-                for hook in hooks:
-                    hook.remove()
-                parts = ('backbone', 'attention', 'neck', 'head', 'post')
-                row = dict(image=f'{W}x{H}', attn=name, how='eager')
-                row |= {f'{part} ms': statistics.median(s.get(part, 0.0) for s in samples[name]) * 1e3 for part in parts}
-                row['all ms'] = statistics.median(sum(s.values()) for s in samples[name]) * 1e3
-                rows.append(row)
-                empty = {f'{part} ms': '' for part in parts}
-                if run.compiled:
-                    fast = torch.compile(model)
-                    ms = timed(lambda fast=fast, x=x: fast(x)) * 1e3
-                    rows.append(dict(image=f'{W}x{H}', attn=name, how='compiled', **empty) | {'all ms': ms})
-                if run.onnx and run.device == 'cpu':
-                    seconds = onnx_seconds(model, x)
-                    if seconds:
-                        rows.append(dict(image=f'{W}x{H}', attn=name, how='onnxruntime', **empty) | {'all ms': seconds * 1e3})
+        letters = dict.fromkeys(('---', run.attn))
+        models = {attn: make(attn).fuse() for attn in letters}
+        clocks = {attn: clock_parts(model) for attn, model in models.items()}
+        samples = {attn: [] for attn in letters}
+        for i in range(run.repeats + 2):                                              # in turn, so that drift hits all alike
+            for attn, model in models.items():
+                clocks[attn].clear()
+                maps, _ = model(x)
+                sync()
+                t = time.perf_counter()
+                post(model, maps)
+                sync()
+                if i >= 2:
+                    samples[attn].append({**clocks[attn], 'post': time.perf_counter() - t})
+        for attn in letters:
+            row = dict(image=f'{W}x{H}', attn=attn, how='by part')
+            for part in ('backbone', 'attention', 'neck', 'head', 'post'):
+                row[f'{part} ms'] = statistics.median(s.get(part, 0.0) for s in samples[attn]) * 1e3
+            rows.append(row | {'all ms': statistics.median(sum(s.values()) for s in samples[attn]) * 1e3})
+        for attn in letters:
+            ways = {'not fused': make(attn).eval(), 'fused': make(attn).fuse()}
+            if run.compiled:
+                ways['compiled'] = torch.compile(make(attn).fuse())
+            seconds = {how: timed(functools.partial(model, x)) for how, model in ways.items()}
+            if run.onnx and run.device == 'cpu':
+                seconds['onnxruntime'] = onnx_seconds(make(attn).fuse(), x)
+            for how, s in seconds.items():
+                rows.append(dict.fromkeys(rows[0], '') | {'image': f'{W}x{H}', 'attn': attn, 'how': how, 'all ms': s and s * 1e3})
     table(f'latency_{run.scale}', rows)
 
 
@@ -250,12 +257,12 @@ def onnx_seconds(model, x):
         import onnxruntime
 
         from export import export_onnx
-    except ImportError as e:
-        print(f'no ONNX row: {e}; pip install onnx onnxruntime onnxscript')
+        os.makedirs(out_dir, exist_ok=True)
+        path = os.path.join(out_dir, 'latency.onnx')
+        export_onnx(model, path, tuple(x.shape[2:]))
+    except (ImportError, InputError) as e:
+        print(f'no ONNX row: {e}')
         return None
-    os.makedirs(out_dir, exist_ok=True)
-    path = os.path.join(out_dir, 'latency.onnx')
-    export_onnx(model, path, tuple(x.shape[2:]))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])

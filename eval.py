@@ -82,7 +82,9 @@ class OnnxModel(torch.nn.Module):
             raise InputError(f'{path} needs onnxruntime to run: pip install onnxruntime') from None
         there, wanted = onnxruntime.get_available_providers(), ['CUDAExecutionProvider', 'CPUExecutionProvider'][device == 'cpu':]
         try:
-            self.session = onnxruntime.InferenceSession(path, providers=[p for p in wanted if p in there])
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            self.session = onnxruntime.InferenceSession(path, options, providers=[p for p in wanted if p in there])
         except Exception as e:                                       # onnxruntime's errors have no base class of their own
             raise InputError(f'{path} is not a network that onnxruntime can run ({str(e).splitlines()[0]}): export it again') from None
         about = self.session.get_modelmeta().custom_metadata_map
@@ -151,6 +153,7 @@ def predict(model, batch, ious, conf, max_det=300, multi_label=False, nms=True, 
         rows = [[d[d[:, 4] > conf][:max_det] for d in maps[0]]] * len(ious)
     else:
         pairs = list(zip(*model.decode(maps), strict=True))                           # (A, 4), (A, K) of each image
+        nms = nms and not getattr(model, 'one2one', False)
         rows = [[select_detections(*pair, conf, iou, max_det, multi_label, nms) for pair in pairs] for iou in ious]
     rows = [[d.cpu().double().numpy() for d in one] for one in rows]
     return rows, middle - start, now() - middle

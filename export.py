@@ -123,14 +123,13 @@ def prepare(model, imgsz, dynamic, precision, how):
     if dynamic and ('S' in cfg.attn and 0 < cfg.k < 1 or min(H, W) < 64):
         raise InputError(f'--dynamic=True takes sides of 64 and more and k as a count, got {H}x{W} and k={cfg.k}: use --dynamic=False')
     network = Exported(copy.deepcopy(model).half() if precision == 'fp16' else model, **how).eval()
-    free = {0: torch.export.Dim('batch'), 2: 32 * torch.export.Dim('h'), 3: 32 * torch.export.Dim('w')}
+    free = {0: torch.export.Dim('batch'), 2: 32 * torch.export.Dim('h'), 3: 32 * torch.export.Dim('w')}        # traced with 2 images: 1 is a constant
     about = dict(
         names=json.dumps(model.names), num_classes=cfg.num_classes, stride=32, imgsz=json.dumps([H, W]), precision=precision, one2one=network.one2one,
         model=f'HSV-DET-{cfg.scale} attn={cfg.attn} k={cfg.k} select={cfg.select}',
         preprocessing='RGB, scaled with antialiasing to fit (H, W) with its aspect kept, centred on grey 114, divided by 255; (B, 3, H, W) float32',
         boxes='x1, y1, x2, y2 in pixels of the network input; in the picture (x - left) / scale, (y - top) / scale')
     about |= dict(conf=network.conf, iou=network.iou, max_det=network.max_det, multi_label=network.multi_label) if network.nms else {}
-    # (two example images where the batch is free: one would make it a constant)
     return network, (torch.rand(1 + dynamic, 3, H, W),), (free,) if dynamic else None, {name: str(value) for name, value in about.items()}
 
 
@@ -238,7 +237,7 @@ def main():
             (suffix == '.pt2' and (precision == 'int8' or nms), '--format=torch_export has neither int8 nor NMS inside: use --format=onnx'),
             (precision == 'int8' and not calibration, '--precision=int8 must see how large activations get: add --calibration=train.json'),
             (not path.endswith(suffix), f'--out={path}: a file of --format={format} ends in {suffix}'),
-            (not os.access(os.path.dirname(path) or '.', os.W_OK), f'{path} cannot be written: name a file in a folder that can, with --out=')):
+            (os.path.exists(weights) and not os.access(os.path.dirname(path) or '.', os.W_OK), f'{path} cannot be written: name another, --out=')):
         if wrong:
             raise InputError(sentence)
     model = HSVDET.from_pretrained(weights).fuse()

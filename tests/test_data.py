@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import data
-from data import DetectionDataset, InputError, collate, letterbox, load_image, make_shapes, rect_shape
+from data import DetectionDataset, InputError, collate, draw_far, letterbox, load_image, make_shapes, rect_shape
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, '..', 'shared', 'data')
@@ -481,3 +481,12 @@ def test_real_blood_cells():
     ds = DetectionDataset(os.path.join(SHARED, 'bccd', 'trainval.json'))
     assert len(ds) == 292 and ds.names == ['RBC', 'WBC', 'Platelets'] and sum(map(len, ds.labels)) == 3943 - 2
     assert {kind: count for kind, (count, _) in ds.problems.items()} == {'box without area': 2}
+
+
+def test_far_strips_keep_their_distance():
+    for seed in range(20):
+        image, labels, boxes = draw_far(np.random.default_rng(seed))
+        assert image.size == (2048, 32) and len(labels) == len(boxes) >= 2
+        assert labels[0] in (0, 1, 2) and set(labels[1:]) == {labels[0] + 3}
+        assert boxes[0][2] < 64 and min(box[0] for box in boxes[1:]) > 1100
+        assert all(0 <= x1 < x2 <= 2048 and 0 <= y1 < y2 <= 32 for x1, y1, x2, y2 in boxes)

@@ -296,3 +296,18 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 def test_wrong_settings(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         HSVDETConfig(**settings)
+
+
+# --- what the block is for -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('attn, sees', [('---', False), ('-DD', False), ('-SS', True), ('-FF', True)])
+def test_only_attention_sees_far(attn, sees):
+    """The far set's claim: beyond column 1,100 no convolution of scale n feels what is left of column 64."""
+    model = alive(small(attn=attn, num_classes=6))
+    x = torch.rand(1, 3, 32, 2048)
+    changed = x.clone()
+    changed[..., :64] = 1 - changed[..., :64]
+    with torch.no_grad():
+        differs = [(a[..., m * 1100 // 2048 + 1:] != b[..., m * 1100 // 2048 + 1:]).any().item()
+                   for a, b, m in zip(model(x)[0], model(changed)[0], (256, 128, 64), strict=True)]
+    assert all(differs) if sees else not any(differs)
