@@ -34,7 +34,8 @@ from loss import detection_loss
 from model import BACKBONE, HSVDET, HSVDETConfig, nms, select_detections
 from sparse_attention import SparseGlobalBlockGated
 
-# --- knobs: train.py's, read from its source (one default, one place), and these
+# --- knobs: train.py's, and some more. The former are the lines of train.py between '# --- knobs' and 'config = configure(',
+# executed into a dict here, so that a default stands in one place only
 with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), encoding='utf-8') as f:
     knobs = {}
     exec(f.read().split('\nconfig = configure(')[0].split('# --- knobs')[1].partition('\n')[2], knobs)
@@ -150,10 +151,11 @@ def bench_attention():
                 fast = copy.deepcopy(block)
                 if run.heads == 1:
                     fast.fold(), full.fold()
-                ways = {'plain': block.plain, 'fast': fast, 'full': full}
+                ways = {'plain': block.plain, 'fast': fast.forward, 'full': full.forward}
                 for name, f in ways.items():
-                    with FlopCounterMode(display=False) as counter:
-                        f(x)
+                    shadow = getattr(copy.deepcopy(f.__self__).to('meta'), f.__name__)            # FLOPs are counted on meta tensors: the
+                    with FlopCounterMode(display=False) as counter:                   # counter does not know a CPU's attention kernel
+                        shadow(x.to('meta'))
                     row[f'{name} GFLOPs'] = counter.get_total_flops() / 1e9
                 for name, f in ways.items():
                     slow = name == 'full' and h * w > 9000
@@ -299,7 +301,7 @@ def shape():
 
 def bench_train():
     """Where a training step's time goes. Loading is one thread's time; with a loader process it runs beside the rest."""
-    quick = run.device != 'cpu' or torch.cpu._is_avx512_bf16_supported()
+    quick = run.device != 'cpu' or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     name = run.dtype if run.dtype != 'auto' else 'bfloat16' if quick else 'float32'
     data = training_set(run.cache_mb)
     model = make(run.attn, len(data.names)).train()
@@ -343,7 +345,8 @@ def bench_train():
 def bench_memory():
     """
     A training step's peak, by part, from the sizes of all tensors on the 'meta' device: nothing is computed, no GPU is
-    needed. On a GPU the measured peak of the real step stands beside it, under memory_cap_gb if that is set.
+    needed. AdamW's two moments; without assignment and losses, which are bounded and small beside the maps. On a GPU the
+    measured peak of the real step stands beside it, under memory_cap_gb if that is set.
     """
     H, W = shape()
     half = run.dtype != 'float32'
@@ -391,7 +394,7 @@ def cuda_peak(letters, micro, H, W):
     corner = torch.rand(micro, 50, 2, device=run.device) * torch.tensor([W, H], device=run.device) * 0.8
     targets = dict(labels=torch.zeros(micro, 50, dtype=torch.long, device=run.device), boxes=torch.cat((corner, corner + 60), -1))
     for _ in range(2):
-        with torch.autocast('cuda', torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16):
+        with torch.autocast('cuda', torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16):
             _, losses = model(torch.rand(micro, 3, H, W, device=run.device).to(memory_format=torch.channels_last), targets)
         sum(losses.values()).backward()
         optimizer.step()
@@ -421,6 +424,10 @@ if __name__ == '__main__':
     run = types.SimpleNamespace(**configure(knobs, 'what'))
     if run.device == 'auto':
         run.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if run.device.startswith('cuda'):
+        if not torch.cuda.is_available():
+            raise InputError(f'--device={run.device}: this PyTorch sees no CUDA device; use --device=cpu')
+        torch.cuda.set_device(int(run.device.partition(':')[2] or 0))
     if run.threads:
         torch.set_num_threads(run.threads)
     benches = dict(attention=bench_attention, latency=bench_latency, nms=bench_nms, train=bench_train, memory=bench_memory, loader=bench_loader)

@@ -23,6 +23,9 @@ def one_sentence(kind, error, trace):
     """The excepthook of every script: the user's mistakes get their sentence, our bugs keep their traceback."""
     if issubclass(kind, InputError):
         print(f'error: {error}', file=sys.stderr)
+    elif kind.__name__ == 'OutOfMemoryError':                        # torch's, named so that this file need not load torch
+        print('error: out of GPU memory: more --accum, --checkpointing=True, or a smaller --imgsz; python bench.py memory says where it goes',
+              file=sys.stderr)
     else:
         traceback.print_exception(kind, error, trace)
 
@@ -49,14 +52,14 @@ def configure(namespace, positional='', argv=None):
     """
     Override the knobs in `namespace` (a script's globals()) from the command line; return all of them as a dict.
 
-    Knobs are the globals holding an int, float, bool, str or tuple under a name without a leading underscore. An
+    Knobs are the globals holding an int, float, bool, str or tuple under a lower-case name without a leading underscore. An
     annotation (`imgsz: int | tuple = 640`) widens what a knob takes. `positional` names the knob that receives an
     argument that is neither --key=value nor a config file. Raises InputError.
     """
     sys.excepthook = one_sentence
     knobs = {name: value for name, value in namespace.items()
-             if type(value) in (int, float, bool, str, tuple) and not name.startswith('_')}
-    kinds = namespace.get('__annotations__', {})
+             if type(value) in (int, float, bool, str, tuple) and name.islower() and not name.startswith('_')}
+    kinds = namespace.get('__annotations__') or getattr(sys.modules.get(namespace.get('__name__')), '__annotations__', {})   # Python 3.14
     for arg in sys.argv[1:] if argv is None else argv:
         if arg.startswith('--'):
             name, equals, text = arg[2:].partition('=')

@@ -57,7 +57,7 @@ class HSVDETConfig:
                 (self.scale in SCALES, f'scale must be one of n s m l x, got {self.scale!r}'),
                 (type(self.num_classes) is int and self.num_classes >= 1, f'num_classes must be at least 1, got {self.num_classes!r}'),
                 (len(self.attn) == 3 and set(self.attn) <= set('-SFD'), f'attn has one of - S F D for each of P3 P4 P5, got {self.attn!r}'),
-                (self.k >= 0, f'k must be a count, a fraction below 1, or 0 for all, got {self.k!r}'),
+                (type(self.k) is int and self.k >= 0 or 0 < self.k < 1, f'k must be a count, a fraction below 1, or 0 for all, got {self.k!r}'),
                 (self.select in ('l2sq', 'l2', 'random', 'learned'), f'select must be l2sq, l2, random or learned, got {self.select!r}'),
                 (self.gate in ('learned', 'fixed', 'none'), f'gate must be learned, fixed or none, got {self.gate!r}'),
                 (self.heads in (1, 2, 4, 8, 16), f'heads must be 1, 2, 4, 8 or 16, got {self.heads!r}')):
@@ -441,11 +441,14 @@ class HSVDET(nn.Module):
         class branch when the number of classes differs. Anything else that fails to match raises InputError.
         """
         saved = read_checkpoint(path)
-        if 'model_config' in saved:
-            config, weights, names = saved['model_config'], saved.get('ema') or saved['model'], saved['names']
-        else:
-            config, weights, names = yolov8_weights(saved, path)
-        cfg = HSVDETConfig(**{**config, **overrides})
+        try:
+            if 'model_config' in saved:
+                config, weights, names = saved['model_config'], saved.get('ema') or saved['model'], saved['names']
+            else:
+                config, weights, names = yolov8_weights(saved, path)
+            cfg = HSVDETConfig(**{**config, **overrides})
+        except (KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise InputError(f'{path} is neither a checkpoint of ours nor a YOLOv8 detector ({type(e).__name__}: {e})') from None
         model = cls(cfg)
         model.imgsz = saved.get('imgsz')
         if cfg.num_classes == len(names):
@@ -477,7 +480,7 @@ class HSVDET(nn.Module):
 @contextlib.contextmanager
 def still_statistics(layer):
     """While a layer is recomputed for the backward pass its BatchNorms must not count the batch a second time."""
-    norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.momentum = 0.0
@@ -516,13 +519,14 @@ class Inert:
 
 class TensorsOnly(pickle.Unpickler):
     """An unpickler that builds tensors and plain containers; the classes a YOLO file is known to name become Inert,
-    and any other name, which is where code would come from, is refused."""
+    and any other name, which is where code would come from, is refused. (The storages, torch.HalfStorage and such, are
+    markers of a dtype that torch.load resolves itself.)"""
 
     def find_class(self, module, name):
-        allowed = {
-            ('collections', 'OrderedDict'): collections.OrderedDict,
-            ('torch._utils', '_rebuild_tensor_v2'): torch._utils._rebuild_tensor_v2,
-            ('torch._utils', '_rebuild_parameter'): torch._utils._rebuild_parameter,
+        allowed = {                                                                   # functions wrapped: a pickle may set attributes
+            ('collections', 'OrderedDict'): collections.OrderedDict,                  # of what it is given, and shall not of torch's own
+            ('torch._utils', '_rebuild_tensor_v2'): lambda *a: torch._utils._rebuild_tensor_v2(*a),
+            ('torch._utils', '_rebuild_parameter'): lambda *a: torch._utils._rebuild_parameter(*a),
             ('torch', 'Size'): torch.Size,
             ('builtins', 'set'): set, ('__builtin__', 'set'): set,
         }
@@ -530,8 +534,6 @@ class TensorsOnly(pickle.Unpickler):
             return allowed[module, name]
         if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module == 'torch' and name.endswith('Storage'):
-            return getattr(torch, name)                                               # a marker of the dtype, never called
         if module.split('.')[0] in ('ultralytics', 'models', 'utils') or module.startswith('torch.nn.modules.'):
             return type(name, (Inert,), {})
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
@@ -542,26 +544,34 @@ def read_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as z:
             broken = z.testzip()                                                      # torch.load does not check the CRCs
+            program = any(name.endswith('constants.pkl') for name in z.namelist())
         if broken:
             raise zipfile.BadZipFile(broken)
+        if program:                                                                   # torch.load would hand it to torch.jit, and run it
+            raise InputError(f'{path} was refused: it is a TorchScript program, which is code; give a checkpoint of weights')
     except FileNotFoundError:
         raise InputError(f'checkpoint {path} not found: train one with python train.py config/shapes.py, or give --weights=') from None
     except IsADirectoryError:
         raise InputError(f'{path} is a folder: give the checkpoint in it, such as {path}/best.pt') from None
     except (zipfile.BadZipFile, OSError, EOFError) as e:
         raise InputError(f'{path} is not a complete checkpoint ({e}): the download or the write broke off, fetch it again') from None
-    with contextlib.suppress(pickle.UnpicklingError):                                 # a genuine foreign file, or a hostile one
-        return torch.load(path, map_location='cpu', weights_only=True)
     careful = types.SimpleNamespace(Unpickler=TensorsOnly, load=None, __name__='pickle')
     try:
-        return torch.load(path, map_location='cpu', weights_only=False, pickle_module=careful)
-    except (pickle.UnpicklingError, RuntimeError, KeyError, AttributeError, TypeError, ValueError, IndexError) as e:
-        raise InputError(f'{path} was refused: it is not a YOLOv8 checkpoint that can be read without running code ({e})') from None
+        try:
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError:                                                # a genuine foreign file, or a hostile one
+            saved = torch.load(path, map_location='cpu', weights_only=False, pickle_module=careful)
+    except Exception as e:                                                            # there is no end to what a wrong file can raise
+        why = ' '.join(str(e).split())[:200]
+        raise InputError(f'{path} was refused: it is no checkpoint that can be read without running code ({why})') from None
+    if not isinstance(saved, dict):
+        raise InputError(f'{path} was refused: it holds a {type(saved).__name__}, not a checkpoint')
+    return saved
 
 
 def yolov8_weights(saved, path):
     """A YOLOv8 file's content -> our config dict, our state dict, class names."""
-    root = saved.get('ema') or saved.get('model') if isinstance(saved, dict) else None
+    root = saved.get('ema') or saved.get('model')
     tensors = {}
 
     def walk(module, prefix):
@@ -612,10 +622,10 @@ def layer_table(cfg, H, W):
     with torch.device('meta'):
         model = HSVDET(cfg).eval()
         image = torch.empty(1, 3, H, W)
-    for block in model.blocks().values():                                             # count the inference form
+    params = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
+    for block in model.blocks().values():                                             # FLOPs are those of the inference form
         if block.heads == 1:
             block.fold()
-    params = {name: sum(p.numel() for p in m.parameters()) for name, m in HSVDET_on_meta(cfg).named_children()}
     rows = []
 
     def hook(module, inputs, output, name):
@@ -630,17 +640,14 @@ def layer_table(cfg, H, W):
     return [(i, name, m, shapes, params[name], sum(flops.get(f'HSVDET.{name}', {}).values())) for i, (name, m, shapes) in enumerate(rows)]
 
 
-def HSVDET_on_meta(cfg):
-    with torch.device('meta'):
-        return HSVDET(cfg)
-
-
 if __name__ == '__main__':
     scale, attn, num_classes, k = 'l', '-SS', 80, 512
     imgsz: int | tuple = (1088, 1920)  # int, or (H, W)
     from configurator import configure
     configure(globals())
     H, W = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
+    if H % 32 or W % 32:
+        raise InputError(f'--imgsz={imgsz}: sides must be multiples of 32; 1080 rows are padded to 1088')
     table = layer_table(HSVDETConfig(scale=scale, attn=attn, num_classes=num_classes, k=k), H, W)
     print(f'HSV-DET-{scale}, attn {attn}, {num_classes} classes, image {H}x{W} (rows x columns)\n')
     print(f'{"#":>3}  {"name":<12}{"module":<24}{"output":<16}{"parameters":>12}{"GFLOPs":>10}')

@@ -200,7 +200,7 @@ class SparseGlobalBlock(nn.Module):
             rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
             t, u = x_rows.gather(1, rows), y_rows.gather(1, rows)                     # (B, k, C)
         with island(x):
-            t, u = t.to(wide), u.to(wide)
+            t, u = t.to(wide).contiguous(), u.to(wide).contiguous()                   # rows in one piece, or SDPA builds N x N
             placed = t
             if self.pos:
                 code = sincos_2d(H, W, C, x.device).to(wide)

@@ -12,12 +12,13 @@ out_dir receives ckpt.pt (everything needed to go on; ckpt_prev.pt is the one be
 evaluation), log.csv, curves.png and val_*.jpg.
 
 One step is one *effective* batch: batch_size images, over all ranks and `accum` micro-batches. A loss is normalised by
-the sum of target scores of the whole effective batch, so neither ranks nor accumulation change its gradient. Samples are
+the sum of target scores of the whole effective batch, so neither ranks nor accumulation change its gradient. (BatchNorm
+stands apart: its statistics are those of a micro-batch on a rank, unless --freeze_bn or, over ranks, --sync_bn.) Samples are
 numbered through: position p of the run is image order(seed, epoch = p // n)[p % n], augmented as a pure function of
 (seed, epoch, image). Batches run across epoch ends, so every one is full; step s uses positions s * B to (s + 1) * B.
 Nothing depends on the number of workers, and a resumed run on a CPU equals an uninterrupted one bit for bit.
 
-Three stages: warm-up (lr rises), main (cosine, Mosaic and MixUp), last (these two off, lr constant at lr_final).
+Three stages: warm-up (lr rises), main (cosine), last (lr constant at lr_final, Mosaic and MixUp off, which are on before).
 
 What it does not do: hyperparameter search, experiment trackers, callbacks. Change the loop, it is below.
 """
@@ -25,11 +26,12 @@ import contextlib
 import copy
 import csv
 import math
+import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -55,7 +57,7 @@ make_data = ''                    # 'shapes' or 'far': make this synthetic set i
 imgsz: int | tuple = 640          # pixels, multiples of 32; int, or (H, W)
 multi_scale = 0.0                 # 0.5: batches are resized by a random factor 0.5..1.5
 workers = -1                      # loader processes; -1: 1 beside a CPU that trains, else up to 8
-cache_mb = 1024                   # memory for decoded images, all loader processes together
+cache_mb = 1024                   # memory for decoded images, all loader processes of a rank together
 # augmentation
 mosaic = 1.0                      # probability
 mixup = 0.0                       # probability, on top of Mosaic
@@ -114,26 +116,38 @@ config = configure(globals())
 ddp = 'RANK' in os.environ
 rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 main = rank == 0
+if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', device):
+    raise InputError(f'--device={device}: must be auto, cpu, cuda or cuda:n')
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-if device.startswith('cuda'):
+if device != 'cpu':
     if not torch.cuda.is_available():
         raise InputError(f'--device={device}: this PyTorch sees no CUDA device; use --device=cpu')
-    device = f'cuda:{local_rank}' if ddp else device
-    if int(device.partition(':')[2] or 0) >= torch.cuda.device_count():
+    device = f'cuda:{local_rank}' if ddp else device if ':' in device else 'cuda:0'
+    if int(device[5:]) >= torch.cuda.device_count():
         raise InputError(f'--device={device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0')
     torch.cuda.set_device(device)
-elif device != 'cpu':
-    raise InputError(f'--device={device}: must be auto, cpu or cuda[:n]')
 device_type = device.partition(':')[0]
 if dtype == 'auto':                                                                   # emulated bf16 is slower than float32
-    fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device_type == 'cuda':
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = 'bfloat16' if fast else 'float16' if device_type == 'cuda' else 'float32'
 if dtype not in ('float32', 'bfloat16', 'float16'):
     raise InputError(f'--dtype={dtype}: must be auto, float32, bfloat16 or float16')
 imgsz = (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
 if len(imgsz) != 2 or any(type(s) is not int or s < 32 or s % 32 for s in imgsz):
     raise InputError(f'imgsz must be one multiple of 32 or two (H, W), got {imgsz}; 1080 rows are padded to 1088')
+for name in ('epochs', 'batch_size', 'accum', 'lr', 'eval_interval', 'log_interval', 'ema_tau', 'clip'):
+    if config[name] <= 0:
+        raise InputError(f'--{name}={config[name]}: must be above 0')
+if not 0 <= warmup_epochs + close_epochs <= epochs:
+    raise InputError(f'stages: warmup_epochs={warmup_epochs} and close_epochs={close_epochs} must fit into epochs={epochs}')
+if not 0 <= multi_scale < 1:
+    raise InputError(f'--multi_scale={multi_scale}: must be 0 or a share below 1')
+if sync_bn and device_type == 'cpu':
+    raise InputError('--sync_bn=True needs CUDA devices; on CPU ranks --freeze_bn=True makes BatchNorm independent of them')
 if batch_size % (accum * world):
     raise InputError(f'batch_size={batch_size} does not divide into accum={accum} micro-batches on {world} ranks')
 for name in ('optimizer', 'optimizer_backbone', 'optimizer_neck', 'optimizer_block', 'optimizer_head'):
@@ -145,14 +159,16 @@ model_config = dict(scale=scale, attn=attn, k=k, select=select, gate=gate, heads
 HSVDETConfig(**model_config)                                                          # a wrong letter is said before data is read
 try:
     os.makedirs(out_dir, exist_ok=True)
-    with open(os.path.join(out_dir, '.write'), 'w'):
+    with open(os.path.join(out_dir, f'.write{rank}'), 'w'):
         pass
-    os.remove(os.path.join(out_dir, '.write'))
+    os.remove(os.path.join(out_dir, f'.write{rank}'))
 except OSError as e:
     raise InputError(f'cannot write to out_dir {out_dir} ({e.strerror}): choose another with --out_dir=') from None
 if ddp:
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
-if memory_cap_gb and device_type == 'cuda':
+if memory_cap_gb and device_type == 'cpu':
+    print('warning: memory_cap_gb has no effect on a CPU')
+elif memory_cap_gb:
     torch.cuda.set_per_process_memory_fraction(min(1.0, memory_cap_gb * 2 ** 30 / torch.cuda.get_device_properties(device).total_memory))
 torch.manual_seed(seed)
 
@@ -224,10 +240,8 @@ class Lion(torch.optim.Optimizer):
 
 
 def make_optimizer(name, groups):
-    for group in groups:
-        group['base_lr'] = group['lr']
     if name == 'sgd':
-        return torch.optim.SGD(groups, lr, momentum, nesterov=True)
+        return torch.optim.SGD(groups, lr, momentum, nesterov=momentum > 0)
     if name == 'lion':
         return Lion(groups, lr, (momentum, beta2), weight_decay)
     return torch.optim.AdamW(groups, lr, (momentum, beta2), fused=True)
@@ -239,10 +253,12 @@ if init_from == 'resume':
     for path in (os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'ckpt_prev.pt')):
         try:
             resume = read_checkpoint(path)
+            if 'optimizers' not in resume:
+                raise InputError(f'{path} holds weights only: start from it with --init_from={path}')
             break
         except InputError as e:
             damaged = damaged or str(e)
-    if resume is None:
+    if not resume or 'optimizers' not in resume:
         raise InputError(f'nothing to resume in {out_dir}: {damaged}')
     if damaged:
         say(f'{damaged}; going on from {path}, step {resume["step"]}')
@@ -263,9 +279,10 @@ if sync_bn and ddp:
 frozen = [getattr(model, name) for name in BACKBONE] if freeze == 'backbone' else []
 for module in frozen:
     module.requires_grad_(False)
-groups = model.param_groups(lr, weight_decay, dict(backbone=lr_backbone, neck=lr_neck, block=lr_block, head=lr_head))
+groups = model.param_groups(1.0, weight_decay, dict(backbone=lr_backbone, neck=lr_neck, block=lr_block, head=lr_head))
 by_optimizer = {}
 for group in groups:
+    group['factor'] = group['lr']                                                     # on the schedule's lr
     by_optimizer.setdefault(config[f'optimizer_{group["part"]}'] or optimizer, []).append(group)
 optimizers = [make_optimizer(name, its_groups) for name, its_groups in by_optimizer.items()]
 scaler = torch.amp.GradScaler(device_type, init_scale=2.0 ** 10, enabled=dtype == 'float16')   # our sums start large
@@ -279,17 +296,30 @@ if resume:
     try:
         model.load_state_dict(resume['model'])
         ema.load_state_dict(resume['ema'])
-    except RuntimeError as e:
-        raise InputError(f'{path} holds another network ({str(e).splitlines()[1].strip()}): resume with the settings of the run') from None
-    for o, state in zip(optimizers, resume['optimizers'], strict=True):
-        o.load_state_dict(state)
-    scaler.load_state_dict(resume['scaler'])
+        for o, state in zip(optimizers, resume['optimizers'], strict=True):
+            now = [dict(factor=group['factor'], weight_decay=group['weight_decay']) for group in o.param_groups]
+            o.load_state_dict(state)
+            for group, settings in zip(o.param_groups, now, strict=True):             # this command's word, not the checkpoint's
+                group.update(settings)
+        scaler.load_state_dict(resume['scaler'])
+    except (RuntimeError, ValueError) as e:
+        why = ' '.join(str(e).split())[:150]
+        raise InputError(f'{path} holds another network or optimizer ({why}): resume with the settings of the run') from None
     step, best, running, count = resume['step'], resume['best'], resume['running'], resume['count']
 
 if workers < 0:
-    workers = 1 if device_type == 'cpu' else min(8, os.cpu_count() // world)
+    workers = 1 if device_type == 'cpu' else max(1, min(8, os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+if 'fork' not in multiprocessing.get_all_start_methods():                             # a spawned worker would run this script again
+    workers = 0
+
+
+def quiet_worker(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                                      # Ctrl-C is for the loop, which then saves
+
+
 loader = torch.utils.data.DataLoader(train_set, batch_sampler=Batches(step), num_workers=workers, collate_fn=collate,
-                                     pin_memory=device_type == 'cuda', prefetch_factor=4 if workers else None, generator=torch.Generator())
+                                     pin_memory=device_type == 'cuda', prefetch_factor=4 if workers else None, generator=torch.Generator(),
+                                     multiprocessing_context='fork' if workers else None, worker_init_fn=quiet_worker)
 batches = iter(loader)
 if resume:
     torch.set_rng_state(resume['rng'])                                                # only random selection draws from it
@@ -320,11 +350,22 @@ if main:                                                                        
     if resume and os.path.exists(log_path):
         with open(log_path, newline='') as f:
             rows = [row for row in csv.DictReader(f) if int(row['step']) <= step]
-    log_file = open(log_path, 'w', newline='')
+    log_file = open(log_path + '.part', 'w', newline='')
     log = csv.DictWriter(log_file, columns, restval='', extrasaction='ignore')
     log.writeheader()
     log.writerows(rows)
     log_file.flush()
+    os.replace(log_path + '.part', log_path)
+
+
+def log_row(row):
+    try:
+        log.writerow(row)
+        log_file.flush()
+    except OSError as e:
+        say(f'warning: step {row["step"]} is missing in {log_path} ({e.strerror})')
+
+
 
 try:
     here = os.path.dirname(os.path.abspath(__file__))
@@ -401,7 +442,11 @@ def draw_pictures():
 
 stop = []
 for number in (signal.SIGTERM, signal.SIGINT):                                        # finish the step, save, leave
-    signal.signal(number, lambda number, frame: stop.append(signal.Signals(number).name))
+    def told_to_stop(number, frame):
+        stop.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)                                         # the second time it is meant at once
+
+    signal.signal(number, told_to_stop)
 
 
 def stop_for(reason, batch, losses):
@@ -413,25 +458,32 @@ def stop_for(reason, batch, losses):
             f'Try --dtype=float32 or a lower --lr, or leave out some such steps with --skip_nonfinite=10')
 
 
-def evaluate_and_tell(row, best):
-    """AP of the EMA weights -> log.csv, best.pt, pictures, one line; the best AP so far."""
+def evaluate_and_tell(row):
+    """Evaluate the EMA weights, log, save (best.pt, ckpt.pt), then draw and tell."""
+    global best
     t = time.time()
+    if ddp:                                                                           # each rank saw other images: rank 0's BatchNorm is the model's
+        for buffer in ema.buffers():
+            dist.broadcast(buffer, 0)
     stats = evaluate(ema, val_set, imgsz, batch_size=max(1, micro), device=device, rank=rank, world_size=world)
-    if main:
-        if stats['AP'] > best:
-            write(os.path.join(out_dir, 'best.pt'), ema.checkpoint(AP=stats['AP'], step=step, config=config, commit=commit), keep=False)
-        best = max(best, stats['AP'])
-        log.writerow({**{name: row.get(name) for name in columns if name in ('step', 'epoch', 'lr') or name.startswith('gate_')},
-                      **{name: stats[name] for name in ('AP', 'AP50', 'AP75')}})
-        log_file.flush()
+    improved, best = stats['AP'] > best, max(best, stats['AP'])
+    if not main:
+        return
+    gates = {f'gate_{level}': block.gate.item() for level, block in model.blocks().items()}
+    log_row({**{name: row[name] for name in ('step', 'epoch', 'lr')}, **gates, **{name: stats[name] for name in ('AP', 'AP50', 'AP75')}})
+    if improved:
+        write(os.path.join(out_dir, 'best.pt'), ema.checkpoint(AP=best, step=step, config=config, commit=commit), keep=False)
+    save_checkpoint()
+    try:
         draw_curves()
         draw_pictures()
-        gates = ''.join(f' | gate_{level} {block.gate.item():+.3f}' for level, block in model.blocks().items())
-        print(f'epoch {row["epoch"]:.2f} | AP {stats["AP"]:.4f} AP50 {stats["AP50"]:.4f} AP75 {stats["AP75"]:.4f} | best {best:.4f}{gates}'
-              f' | {time.time() - t:.1f} s | {(time.time() - started) / 60:.1f} min so far', flush=True)
-        if row['epoch'] > warmup_epochs + 3 and best < 0.002:
-            print('warning: AP is still near zero: look at python data.py show, and at the class ids of both files', flush=True)
-    return best
+    except OSError as e:
+        say(f'warning: no pictures this time ({e.strerror})')
+    print(f'epoch {row["epoch"]:.2f} | AP {stats["AP"]:.4f} AP50 {stats["AP50"]:.4f} AP75 {stats["AP75"]:.4f} | best {best:.4f}'
+          + ''.join(f' | {name} {value:+.3f}' for name, value in gates.items())
+          + f' | {time.time() - t:.1f} s | {(time.time() - started) / 60:.1f} min so far', flush=True)
+    if row['epoch'] > warmup_epochs + 3 and best < 0.002:
+        print('warning: AP is still near zero: look at python data.py show, and at the class ids of both files', flush=True)
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------------
@@ -439,16 +491,17 @@ model.train()
 for module in frozen + [m for m in model.modules() if freeze_bn and isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]:
     module.eval()
 last = min(total_steps, max_steps) if max_steps else total_steps
-started, shown, waited, first_step, skipped, dry = time.time(), time.time(), 0.0, step, 0, 0
+first_step, shown_step, skipped, waited, dry = step, step, 0, 0.0, False
+started = shown = time.time()
 if step == 0 and init_from != 'scratch':                                              # what the weights are worth as they come
-    best = evaluate_and_tell(dict(step=0, epoch=0.0, lr=0.0, **{f'gate_{level}': block.gate.item() for level, block in model.blocks().items()}), best)
+    evaluate_and_tell(dict(step=0, epoch=0.0, lr=0.0))
 while step < last:
     # 1) learning rate
     epoch = step * batch_size / n_images
     now_lr = lr_at(epoch)
     for o in optimizers:
         for group in o.param_groups:
-            group['lr'] = group['base_lr'] / lr * now_lr
+            group['lr'] = group['factor'] * now_lr
 
     # 2) forward and backward, micro-batch by micro-batch, of plain sums
     sums = {}
@@ -487,7 +540,8 @@ while step < last:
     norm = torch.nn.utils.clip_grad_norm_(params, clip).item()
 
     # 4) a step that is not finite is not taken (under fp16 the scaler itself skips those whose gradient overflowed)
-    bad = not math.isfinite(sum(sums.values())) or not math.isfinite(norm) and not scaler.is_enabled()
+    overflow = not math.isfinite(norm)
+    bad = not math.isfinite(sum(sums.values())) or overflow and (not scaler.is_enabled() or scaler.get_scale() < 2 ** -10)
     if bad:
         skipped += 1
         sentence = stop_for('the loss is not finite' if not math.isfinite(sum(sums.values())) else 'the gradient is not finite', batch, sums)
@@ -497,7 +551,7 @@ while step < last:
         with torch.no_grad():
             for buffer, value in zip(model.buffers(), before, strict=True):
                 buffer.copy_(value)
-    else:
+    elif not overflow:
         for o in optimizers:
             scaler.step(o)
     scaler.update()
@@ -515,7 +569,7 @@ while step < last:
             mine[name].copy_(theirs[name])
 
     # 6) log: means over the interval
-    if not bad:
+    if not bad and not overflow:
         for name in ('box', 'cls', 'dfl'):
             running[name] = running.get(name, 0.0) + sums[name] / max(sums['total'], 1.0)
             if one2one:
@@ -533,26 +587,25 @@ while step < last:
         if main:
             memory = f' | {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB' if device_type == 'cuda' else ''
             print(f'step {step}/{total_steps} epoch {epoch:.2f} | box {row["box"]:.3f} cls {row["cls"]:.3f} dfl {row["dfl"]:.3f} | lr {now_lr:.2e}'
-                  f' | {row["objects"]:.1f} objects an image | {log_interval * batch_size / seconds:.1f} images/s{memory}'
+                  f' | {row["objects"]:.1f} objects an image | {(step - shown_step) * batch_size / seconds:.1f} images/s{memory}'
                   f' | {left / 60:.1f} min left', flush=True)
-            log.writerow(row)
-            log_file.flush()
+            log_row(row)
             if waited > 0.3 * seconds and step - first_step > 2 * log_interval and not dry:
-                dry = 1
+                dry = True
                 print(f'warning: {waited / seconds:.0%} of the time goes by waiting for data; raise --workers (now {workers}) or --cache_mb',
                       flush=True)
-        shown, waited = time.time(), 0.0
+        shown, shown_step, waited = time.time(), step, 0.0
 
     # 7) evaluate, save
     due = int(epoch / eval_interval + 1e-9) > int((step - 1) * batch_size / n_images / eval_interval + 1e-9) or step == last
     if due:
         t = time.time()
-        best = evaluate_and_tell(row, best)
+        evaluate_and_tell(row)
         shown += time.time() - t
     told = torch.tensor(float(bool(stop)), device=device)
     if ddp:
         dist.all_reduce(told)                                                         # one rank was told to stop: all stop
-    if due or told.item() or save_interval and step % save_interval == 0:
+    if told.item() or not due and save_interval and step % save_interval == 0:
         save_checkpoint()
     if told.item():
         say(f'{stop[0] if stop else "another rank"} at step {step}: saved; go on with --init_from=resume')
@@ -565,4 +618,3 @@ if main:
         + ' '.join(sorted(os.listdir(out_dir))))
 if ddp:
     dist.destroy_process_group()
-sys.exit(0)

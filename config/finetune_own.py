@@ -2,7 +2,7 @@
 #   python data.py check my/train.json
 #   python train.py config/finetune_own.py --train_data=my/train.json --val_data=my/val.json
 # Images that do not lie beside the json: --train_images=my/photos --val_images=my/photos
-# Start from weights, ours or a YOLOv8 .pt of your own: --init_from=yolov8n.pt
+# Start from weights, ours or a YOLOv8 .pt of your own: --init_from=yolov8n.pt; if they know your data already, config/finetune_warm.py
 out_dir = 'out/own'
 train_data = 'my/train.json'
 val_data = 'my/val.json'

@@ -282,6 +282,25 @@ def test_a_checkpoint_never_runs_code(tmp_path, how):
     assert not proof.exists()
 
 
+def test_a_torchscript_program_is_refused(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / 'program.pt')
+    with pytest.raises(InputError, match='TorchScript program, which is code'):
+        HSVDET.from_pretrained(str(tmp_path / 'program.pt'))
+
+
+@pytest.mark.parametrize('content', ['zip', 'tensor', 'list', 'config', 'module'])
+def test_other_files_get_a_sentence(tmp_path, content):
+    path = tmp_path / 'x.pt'
+    if content == 'zip':
+        with zipfile.ZipFile(path, 'w') as z:
+            z.writestr('hello.txt', 'hello')
+    else:
+        torch.save({'tensor': torch.ones(3), 'list': [1, 2], 'config': dict(model_config=dict(size='n'), model={}, names=[]),
+                    'module': torch.nn.Linear(2, 2)}[content], path)
+    with pytest.raises(InputError, match='x.pt'):
+        HSVDET.from_pretrained(str(path))
+
+
 def test_a_flipped_byte_is_noticed(tmp_path):
     small().save(tmp_path / 'm.pt')
     content = bytearray((tmp_path / 'm.pt').read_bytes())
@@ -292,7 +311,7 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize('settings', [dict(scale='q'), dict(attn='SS'), dict(attn='-SZ'), dict(select='best'), dict(gate='open'),
-                                      dict(k=-1), dict(heads=3), dict(num_classes=0)], ids=str)
+                                      dict(k=-1), dict(k=2.5), dict(k=1.0), dict(heads=3), dict(num_classes=0)], ids=str)
 def test_wrong_settings(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         HSVDETConfig(**settings)
