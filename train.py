@@ -56,7 +56,7 @@ val_images = ''
 make_data = ''                    # 'shapes' or 'far': make this synthetic set if train_data is not there
 imgsz: int | tuple = 640          # pixels, multiples of 32; int, or (H, W)
 multi_scale = 0.0                 # 0.5: batches are resized by a random factor 0.5..1.5
-workers = -1                      # loader processes; -1: 1 beside a CPU that trains, else up to 8
+workers = -1                      # loader processes; -1: none on a CPU (they would fight it for its cores), else up to 8
 cache_mb = 1024                   # memory for decoded images, all loader processes of a rank together
 # augmentation
 mosaic = 1.0                      # probability
@@ -308,7 +308,7 @@ if resume:
     step, best, running, count = resume['step'], resume['best'], resume['running'], resume['count']
 
 if workers < 0:
-    workers = 1 if device_type == 'cpu' else max(1, min(8, os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    workers = 0 if device_type == 'cpu' else max(1, min(8, os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 if 'fork' not in multiprocessing.get_all_start_methods():                             # a spawned worker would run this script again
     workers = 0
 
