@@ -723,7 +723,7 @@ def draw_shapes(rng, size=256):
     """
     One picture of the shapes set -> PIL.Image, labels (n,), boxes (n, 4) of the whole shapes, cut at the border.
 
-    Every shape has a texture of its own, so that form alone tells the class. Shapes hide each other, but one that
+    The background is textured, every shape has a random colour, so that form alone tells the class. Shapes hide each other, but one that
     would leave less than 40 % of an earlier one in sight, or melts into what is under it, is tried elsewhere: every
     object in the picture can be seen, and has its label.
     """
@@ -733,7 +733,7 @@ def draw_shapes(rng, size=256):
     for _ in range(rng.integers(3, 26)):
         for _ in range(12):
             kind, (cx, cy) = int(rng.integers(len(SHAPES))), rng.uniform(0, size, 2)
-            radius = 4 * (110 / 8) ** rng.random() ** 0.65             # 8..110 px across, log-uniform but for fewer tiny ones
+            radius = 4 * (110 / 8) ** rng.random() ** 0.5              # 8..110 px across, log-uniform but for fewer tiny ones
             points = outline(SHAPES[kind], rng.uniform(0, 2 * math.pi)) * radius + (cx, cy)
             x1, y1, x2, y2 = *points.min(0), *points.max(0)
             left, top, right, bottom = math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)
@@ -744,7 +744,7 @@ def draw_shapes(rng, size=256):
                 pen.polygon([tuple(p) for p in ((points - (cx, cy)) * 0.56 + (cx - left, cy - top)) * 3], fill=0)
             mask = np.asarray(mask.resize((right - left, bottom - top), Image.BOX)) / 255
             area = (mask > 0.5).sum()
-            fill = texture(max(mask.shape), rng)[:mask.shape[0], :mask.shape[1]]
+            fill = (rng.uniform(0, 255, 3) + rng.normal(0, 5, (*mask.shape, 3))).clip(0, 255)       # one colour, a little grain
             # what of it lies inside the picture
             inside = np.s_[max(-top, 0):size - top, max(-left, 0):size - left]
             under = np.s_[max(top, 0):bottom, max(left, 0):right]
@@ -754,9 +754,9 @@ def draw_shapes(rng, size=256):
             hidden = np.bincount(owner[under][solid], minlength=len(areas) + 1)[1:]
             if solid.sum() < 0.6 * area or (seen - hidden < 0.4 * np.array(areas)).any():
                 continue
-            if np.abs(fill[solid].mean(0) - canvas[under][solid].mean(0)).max() < 30:
+            if np.abs(fill[solid].mean(0) - canvas[under][solid].mean(0)).max() < 50:
                 continue
-            canvas[under] = np.rint(canvas[under] + (fill.astype(float) - canvas[under]) * mask[..., None])
+            canvas[under] = np.rint(canvas[under] + (fill - canvas[under]) * mask[..., None])
             areas.append(area)
             owner[under][solid] = len(areas)
             labels.append(kind)
