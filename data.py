@@ -724,16 +724,16 @@ def draw_shapes(rng, size=256):
     One picture of the shapes set -> PIL.Image, labels (n,), boxes (n, 4) of the whole shapes, cut at the border.
 
     The background is textured, every shape has a random colour, so that form alone tells the class. Shapes hide each other, but one that
-    would leave less than 40 % of an earlier one in sight, or melts into what is under it, is tried elsewhere: every
+    would leave less than half of an earlier one in sight, or melts into what is under it, is tried elsewhere: every
     object in the picture can be seen, and has its label.
     """
     canvas = texture(size, rng)
     owner = np.zeros((size, size), np.int64)                           # which object does a pixel show? 0: none
     areas, labels, boxes = [], [], []
-    for _ in range(rng.integers(3, 26)):
+    for _ in range(rng.integers(3, 19)):
         for _ in range(12):
             kind, (cx, cy) = int(rng.integers(len(SHAPES))), rng.uniform(0, size, 2)
-            radius = 4 * (110 / 8) ** rng.random() ** 0.5              # 8..110 px across, log-uniform but for fewer tiny ones
+            radius = 4 * (110 / 8) ** rng.random() ** 0.35             # 8..110 px across, one in eight below 32
             points = outline(SHAPES[kind], rng.uniform(0, 2 * math.pi)) * radius + (cx, cy)
             x1, y1, x2, y2 = *points.min(0), *points.max(0)
             left, top, right, bottom = math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)
@@ -752,7 +752,7 @@ def draw_shapes(rng, size=256):
             solid = mask > 0.5
             seen = np.bincount(owner.ravel(), minlength=len(areas) + 1)[1:]
             hidden = np.bincount(owner[under][solid], minlength=len(areas) + 1)[1:]
-            if solid.sum() < 0.6 * area or (seen - hidden < 0.4 * np.array(areas)).any():
+            if solid.sum() < 0.6 * area or (seen - hidden < 0.5 * np.array(areas)).any():
                 continue
             if np.abs(fill[solid].mean(0) - canvas[under][solid].mean(0)).max() < 50:
                 continue

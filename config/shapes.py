@@ -10,7 +10,8 @@ imgsz = 256
 mosaic = 0.0                 # these pictures are crowded as they are, and eight minutes are short
 scale_aug = 0.3
 
-epochs = 14
+epochs = 12
+batch_size = 8               # many steps count for more than large batches
 warmup_epochs = 1
 close_epochs = 2
 lr = 2e-3
