@@ -46,7 +46,7 @@ knobs |= dict(
     channels=512,          # of the attention table
     compiled=False,        # latency: also torch.compile
     onnx=True,             # latency: also onnxruntime, on a CPU
-    sizes=((640, 640), (1088, 1920)),                                                 # latency
+    sizes=(),              # of the image, ((H, W), ...), for attention and latency; () is each table's own
 )
 run = types.SimpleNamespace()                                                         # they stand here once configured
 out_dir = os.path.join('out', 'bench')
@@ -136,7 +136,7 @@ def make(attn, K=80):
 def bench_attention():
     """Definition, fast path (inference form) and full attention (SDPA, same dense map), batch 1, float32."""
     rows = []
-    for H, W in ((640, 640), (736, 1280), (1088, 1920), (1440, 2560), (2176, 3840)):
+    for H, W in run.sizes or ((640, 640), (736, 1280), (1088, 1920), (1440, 2560), (2176, 3840)):
         for level, stride in (('P5', 32), ('P4', 16)):
             h, w = H // stride, W // stride
             x = torch.randn(1, run.channels, h, w, device=run.device).to(memory_format=torch.channels_last)
@@ -221,7 +221,7 @@ def bench_latency():
     decode and NMS at 0.25; the rows without parts are whole forward passes, without post.
     """
     rows = []
-    for H, W in run.sizes:
+    for H, W in run.sizes or ((640, 640), (1088, 1920)):
         x = torch.rand(1, 3, H, W, device=run.device).to(memory_format=torch.channels_last)
         letters = dict.fromkeys(('---', run.attn))
         models = {attn: make(attn).fuse() for attn in letters}
