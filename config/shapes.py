@@ -5,15 +5,15 @@ out_dir = 'out/shapes'
 make_data = 'shapes'
 train_data = 'data/shapes/train.json'
 val_data = 'data/shapes/val.json'
-imgsz = 256
+imgsz = 192
 
 mosaic = 0.0                 # these pictures are crowded as they are, and eight minutes are short
 scale_aug = 0.3
 
-epochs = 12
+epochs = 16
 batch_size = 8               # many steps count for more than large batches
 warmup_epochs = 1
 close_epochs = 2
 lr = 2e-3
 weight_decay = 0.01
-eval_interval = 2
+eval_interval = 4
