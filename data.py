@@ -719,7 +719,7 @@ def texture(size, rng):
     return (a + (b - a) * t[..., None] + rng.normal(0, rng.uniform(1, 8), (size, size, 1))).clip(0, 255).astype(np.uint8)
 
 
-def draw_shapes(rng, size=192):
+def draw_shapes(rng, size=256):
     """
     One picture of the shapes set -> PIL.Image, labels (n,), boxes (n, 4) of the whole shapes, cut at the border.
 
@@ -730,7 +730,7 @@ def draw_shapes(rng, size=192):
     canvas = texture(size, rng)
     owner = np.zeros((size, size), np.int64)                           # which object does a pixel show? 0: none
     areas, labels, boxes = [], [], []
-    for _ in range(rng.integers(3, 16)):
+    for _ in range(rng.integers(3, 19)):
         for _ in range(12):
             kind, (cx, cy) = int(rng.integers(len(SHAPES))), rng.uniform(0, size, 2)
             radius = 4 * (110 / 8) ** rng.random() ** 0.35             # 8..110 px across, one in eight below 32
@@ -795,7 +795,7 @@ def write_set(out, names, draw, train, val, seed, judged):
             raise InputError(f'cannot write the pictures to {out} ({e.strerror}): choose another folder with --out=') from None
 
 
-def make_shapes(out='data/shapes', train=1600, val=200, size=192, seed=0):
+def make_shapes(out='data/shapes', train=1600, val=200, size=256, seed=0):
     """The quick start's set: see draw_shapes."""
     write_set(out, SHAPES, lambda rng: draw_shapes(rng, size), train, val, seed, range(len(SHAPES)))
 

@@ -381,7 +381,7 @@ def test_shapes_are_seeded_crowded_and_inside(shapes, tmp_path):
     ds = DetectionDataset(os.path.join(shapes, 'train.json'))
     boxes, counts = np.concatenate(ds.boxes), [len(b) for b in ds.boxes]
     assert ds.names == list(data.SHAPES) and not ds.problems and set(np.concatenate(ds.labels)) == set(range(6))
-    assert min(counts) <= 5 and max(counts) >= 12 and boxes.min() >= 0 and boxes.max() <= 192
+    assert min(counts) <= 5 and max(counts) >= 12 and boxes.min() >= 0 and boxes.max() <= 256
     side = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))
     assert 6 < side.min() < 20 and (side < 32).mean() < 0.25 and side.max() > 80
     overlap = np.concatenate([data.largest_overlap(b) for b in ds.boxes])
