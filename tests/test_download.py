@@ -175,6 +175,14 @@ def test_subset_depends_on_the_seed_only(server, tmp_path):
 
 @pytest.mark.parametrize('changed', [False, True])
 def test_ctrl_c_and_on_with_it(server, tmp_path, changed):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)                  # a suite started in the background ignores it
+    try:
+        ctrl_c_and_on_with_it(server, tmp_path, changed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def ctrl_c_and_on_with_it(server, tmp_path, changed):
     name, hold = chosen(server)[5], threading.Event()
     server.moods = {name: ['cut 50']}
 
