@@ -13,10 +13,12 @@ compare within one run. It takes train.py's settings, so that it measures what t
 """
 import contextlib
 import copy
+import cProfile
 import csv
 import functools
 import os
 import platform
+import pstats
 import statistics
 import sys
 import time
@@ -59,16 +61,21 @@ def sync():
 
 def timed(f, n=None):
     """Median seconds of f()."""
-    for _ in range(2):
-        f()
-    seconds = []
-    for _ in range(n or run.repeats):
-        sync()
-        t = time.perf_counter()
-        f()
-        sync()
-        seconds.append(time.perf_counter() - t)
-    return statistics.median(seconds)
+    return timed_in_turn({'f': f}, n)['f']
+
+
+def timed_in_turn(ways, n=None):
+    """{name: f} -> {name: median seconds of f()}, one call of each in turn, so that the machine's drift hits all alike."""
+    seconds = {name: [] for name in ways}
+    for i in range((n or run.repeats) + 2):
+        for name, f in ways.items():
+            sync()
+            t = time.perf_counter()
+            f()
+            sync()
+            if i >= 2:
+                seconds[name].append(time.perf_counter() - t)
+    return {name: statistics.median(some) for name, some in seconds.items()}
 
 
 class LiveMemory(TorchDispatchMode):
@@ -157,9 +164,8 @@ def bench_attention():
                     with FlopCounterMode(display=False) as counter:                   # counter does not know a CPU's attention kernel
                         shadow(x.to('meta'))
                     row[f'{name} GFLOPs'] = counter.get_total_flops() / 1e9
-                for name, f in ways.items():
-                    slow = name == 'full' and h * w > 9000
-                    row[f'{name} ms'] = timed(lambda f=f, x=x: f(x), 3 if slow else run.repeats) * 1e3
+                times = timed_in_turn({name: functools.partial(f, x) for name, f in ways.items()}, 3 if h * w > 9000 else None)
+                row |= {f'{name} ms': seconds * 1e3 for name, seconds in times.items()}
                 for name, f in ways.items():
                     with LiveMemory(x) as memory:
                         f(x)
@@ -242,19 +248,20 @@ def bench_latency():
             for part in ('backbone', 'attention', 'neck', 'head', 'post'):
                 row[f'{part} ms'] = statistics.median(s.get(part, 0.0) for s in samples[attn]) * 1e3
             rows.append(row | {'all ms': statistics.median(sum(s.values()) for s in samples[attn]) * 1e3})
+        ways = {}
         for attn in letters:
-            ways = {'not fused': make(attn).eval(), 'fused': make(attn).fuse()}
+            ways |= {(attn, 'not fused'): make(attn).eval(), (attn, 'fused'): make(attn).fuse()}
             if run.compiled:
-                ways['compiled'] = torch.compile(make(attn).fuse())
-            seconds = {how: timed(functools.partial(model, x)) for how, model in ways.items()}
+                ways[attn, 'compiled'] = torch.compile(make(attn).fuse())
             if run.onnx and run.device == 'cpu':
-                seconds['onnxruntime'] = onnx_seconds(make(attn).fuse(), x)
-            for how, s in seconds.items():
-                rows.append(dict.fromkeys(rows[0], '') | {'image': f'{W}x{H}', 'attn': attn, 'how': how, 'all ms': s and s * 1e3})
+                ways[attn, 'onnxruntime'] = onnx_session(make(attn).fuse(), x)
+        for (attn, how), seconds in timed_in_turn({name: functools.partial(f, x) for name, f in ways.items() if f}).items():
+            rows.append(dict.fromkeys(rows[0], '') | {'image': f'{W}x{H}', 'attn': attn, 'how': how, 'all ms': seconds * 1e3})
     table(f'latency_{run.scale}', rows)
 
 
-def onnx_seconds(model, x):
+def onnx_session(model, x):
+    """A function of the image that runs onnxruntime, or None."""
     try:
         import onnxruntime
 
@@ -263,13 +270,11 @@ def onnx_seconds(model, x):
         path = os.path.join(out_dir, 'latency.onnx')
         export_onnx(model, path, tuple(x.shape[2:]))
     except (ImportError, InputError) as e:
-        print(f'no ONNX row: {e}')
-        return None
+        return print(f'no ONNX row: {e}')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    image = x.contiguous().numpy()
-    return timed(lambda: session.run(None, {session.get_inputs()[0].name: image}))
+    return lambda image: session.run(None, {session.get_inputs()[0].name: image.contiguous().numpy()})
 
 
 def bench_nms():
@@ -403,21 +408,35 @@ def cuda_peak(letters, micro, H, W):
 
 
 def bench_loader():
-    """Augmented samples per second, one process, one thread."""
+    """Augmented samples per second, one process, one thread, wall clock; then the same under a profiler, by part."""
     torch.set_num_threads(1)
-    rows = []
+    rows, parts = [], []
     for cache in (0, run.cache_mb):
-        data = training_set(cache)
-        rng = np.random.default_rng(0)
-        for epoch in range(2 if cache else 1):                                        # the cache fills in the first
-            order = rng.permutation(len(data))[:400]
-            t = time.perf_counter()
-            for i in order:
-                data[epoch, int(i)]
-            seconds = time.perf_counter() - t
-        rows.append({'cache MiB': cache, 'samples': len(order), 'samples/s': len(order) / seconds, 'ms a sample': seconds / len(order) * 1e3})
-    print(f'{run.train_data}, {shape()[0]}x{shape()[1]}, mosaic {run.mosaic}')
+        for profiled in (False, True):
+            data, profile = training_set(cache), cProfile.Profile()
+            rng = np.random.default_rng(0)
+            for epoch in range(2 if cache else 1):                                    # the cache fills in the first
+                order = rng.permutation(len(data))[:400]
+                t = time.perf_counter()
+                if profiled and epoch == bool(cache):
+                    profile.enable()
+                for i in order:
+                    data[epoch, int(i)]
+                profile.disable()
+                seconds = time.perf_counter() - t
+            if not profiled:
+                rows.append({'cache MiB': cache, 'samples': len(order), 'samples/s': len(order) / seconds, 'ms a sample': seconds / len(order) * 1e3})
+                continue
+            inside = {name: time for (file, _, name), (_, _, _, time, _) in pstats.Stats(profile).stats.items() if file.endswith('data.py')}
+            decode, pixels, colour = (inside.get(name, 0.0) for name in ('load_image', 'place', 'jitter_colour'))
+            parts.append({'cache MiB': cache, 'decode': decode, 'resample and place': pixels, 'colour': colour,
+                          'boxes and the rest': inside['__getitem__'] - decode - pixels - colour})
+    print(f'{run.train_data}, {shape()[0]}x{shape()[1]}, mosaic {run.mosaic}, mosaic_block {run.mosaic_block}')
     table('loader', rows)
+    for row in parts:
+        row |= {name: f'{row[name] / sum(v for k, v in row.items() if k != "cache MiB"):.0%}' for name in list(row)[1:]}
+    print('where the time goes, under cProfile, which makes Python look dearer than it is')
+    table('loader_parts', parts)
 
 
 if __name__ == '__main__':

@@ -269,6 +269,8 @@ def read_coco(path):
     try:
         with open(path, encoding='utf-8') as f:
             data = json.load(f)
+    except OSError as e:
+        raise InputError(f'{path}: {e.strerror}, check the path') from None
     except ValueError as e:
         raise InputError(f'{path} is not valid JSON ({e}): write it anew, or download it again') from None
     for key, fields in (('images', ('id', 'file_name')), ('annotations', ()), ('categories', ('id', 'name'))):
@@ -279,6 +281,21 @@ def read_coco(path):
             if not isinstance(entry, dict) or any(field not in entry for field in fields):
                 raise InputError(f'{path}: {str(entry)[:80]} in "{key}" lacks {" or ".join(fields)}: mend that entry')
     return data
+
+
+def ground_truth(data):
+    """A COCO dict -> what of it pycocotools can judge by, crowds included."""
+    images, categories = ({entry['id'] for entry in data[key]} for key in ('images', 'categories'))
+    data['annotations'] = [a for a in data['annotations'] if a.get('image_id') in images and a.get('category_id') in categories
+                           and len(floats(a.get('bbox'))) == 4]
+    # pycocotools never counts an object of id 0 as found, nor two of one id apart
+    renumber = len({a.get('id') or 0 for a in data['annotations']} - {0}) < len(data['annotations'])
+    for n, a in enumerate(data['annotations'], 1):
+        a.setdefault('iscrowd', 0)
+        a.setdefault('area', a['bbox'][2] * a['bbox'][3])
+        if renumber:
+            a['id'] = n
+    return dict(data, info=data.get('info', {}))
 
 
 def find_images(source, file_names):
@@ -446,6 +463,8 @@ class DetectionDataset:
                     self.files.append(file)
                     self.sizes.append(size)
             known.add(id_)
+        if not data['annotations']:
+            raise InputError(f'{source} has no annotations: nothing can be learned from it, give a labelled set')
         if not rows:
             raise InputError(f'not one image of {source} found in {folder or "the folders beside it"}: name the folder that holds '
                              f'{data["images"][0]["file_name"] if data["images"] else "them"} (train_images, val_images, or check --images=)')
@@ -543,17 +562,7 @@ class DetectionDataset:
             data = dict(images=images, annotations=annotations, categories=[dict(id=i, name=name) for i, name in enumerate(self.names)])
         else:
             data = read_coco(self.source)                              # anew: kept, it would cost gigabytes per worker
-        images, categories = ({entry['id'] for entry in data[key]} for key in ('images', 'categories'))
-        data['annotations'] = [a for a in data['annotations'] if a.get('image_id') in images and a.get('category_id') in categories
-                               and len(floats(a.get('bbox'))) == 4]
-        # pycocotools never counts an object of id 0 as found, nor two of one id apart
-        renumber = len({a.get('id') or 0 for a in data['annotations']} - {0}) < len(data['annotations'])
-        for n, a in enumerate(data['annotations'], 1):
-            a.setdefault('iscrowd', 0)
-            a.setdefault('area', a['bbox'][2] * a['bbox'][3])
-            if renumber:
-                a['id'] = n
-        return dict(data, info=data.get('info', {}))
+        return ground_truth(data)
 
     # What follows makes the samples.
 
@@ -685,14 +694,14 @@ SHAPES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
 
 
 def outline(kind, turn):
-    """The corners (n, 2) of a shape in the unit circle, turned; round ones have many."""
+    """The corners (n, 2) of a shape in the unit circle, `turn` radians from upright; round ones have many."""
     if kind == 'cross':
         arm, end = np.array([0.36, 1]) / math.hypot(0.36, 1)           # half the width of an arm, its length
         points = [(arm, end), (arm, arm), (end, arm), (end, -arm), (arm, -arm), (arm, -end)]
         points = np.array(points + [(-x, -y) for x, y in points])
     else:
         n = dict(circle=48, ring=48, square=4, triangle=3, star=10)[kind]
-        angle = np.arange(n) * 2 * math.pi / n
+        angle = (np.arange(n) / n - 0.25 + (kind == 'square') / 8) * 2 * math.pi      # a corner on top, a square's side
         points = np.stack((np.cos(angle), np.sin(angle)), 1)
         if kind == 'star':
             points[1::2] *= 0.42
@@ -719,22 +728,22 @@ def texture(size, rng):
     return (a + (b - a) * t[..., None] + rng.normal(0, rng.uniform(1, 8), (size, size, 1))).clip(0, 255).astype(np.uint8)
 
 
-def draw_shapes(rng, size=256):
+def draw_shapes(rng, size=192):
     """
     One picture of the shapes set -> PIL.Image, labels (n,), boxes (n, 4) of the whole shapes, cut at the border.
 
-    The background is textured, every shape has a random colour, so that form alone tells the class. Shapes hide each other, but one that
-    would leave less than half of an earlier one in sight, or melts into what is under it, is tried elsewhere: every
-    object in the picture can be seen, and has its label.
+    The background is textured; every shape has a random colour and stands nearly upright, so that form alone tells the
+    class. Shapes hide each other, but one that would leave less than half of an earlier one in sight, or melts into what
+    is under it, is tried elsewhere: every object in the picture can be seen, and has its label.
     """
     canvas = texture(size, rng)
     owner = np.zeros((size, size), np.int64)                           # which object does a pixel show? 0: none
     areas, labels, boxes = [], [], []
-    for _ in range(rng.integers(3, 19)):
+    for _ in range(rng.integers(3, 17)):
         for _ in range(12):
             kind, (cx, cy) = int(rng.integers(len(SHAPES))), rng.uniform(0, size, 2)
-            radius = 4 * (110 / 8) ** rng.random() ** 0.35             # 8..110 px across, one in eight below 32
-            points = outline(SHAPES[kind], rng.uniform(0, 2 * math.pi)) * radius + (cx, cy)
+            radius = 4 * (90 / 8) ** rng.random() ** 0.35              # 8..90 px across, one in five below 32
+            points = outline(SHAPES[kind], rng.uniform(-0.3, 0.3)) * radius + (cx, cy)
             x1, y1, x2, y2 = *points.min(0), *points.max(0)
             left, top, right, bottom = math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)
             mask = Image.new('L', (3 * (right - left), 3 * (bottom - top)))        # drawn three times as large: smooth rims
@@ -795,7 +804,7 @@ def write_set(out, names, draw, train, val, seed, judged):
             raise InputError(f'cannot write the pictures to {out} ({e.strerror}): choose another folder with --out=') from None
 
 
-def make_shapes(out='data/shapes', train=1600, val=200, size=256, seed=0):
+def make_shapes(out='data/shapes', train=2000, val=200, size=192, seed=0):
     """The quick start's set: see draw_shapes."""
     write_set(out, SHAPES, lambda rng: draw_shapes(rng, size), train, val, seed, range(len(SHAPES)))
 

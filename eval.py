@@ -40,7 +40,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from configurator import configure
-from data import GREY, DetectionDataset, InputError, letterbox, load_image, rect_shape, resize
+from data import GREY, DetectionDataset, InputError, ground_truth, letterbox, load_image, read_coco, rect_shape, resize
 from model import HSVDET, select_detections
 
 weights = ''                        # out/best.pt, a YOLOv8 .pt, or an .onnx of export.py
@@ -420,10 +420,14 @@ def show(title, table):
 def main():
     if not data:
         raise InputError('no ground truth given: add --data=path/val.json, or a YOLO folder')
-    dataset = DetectionDataset(data, images=images)
-    truth, folder, speed = dataset.coco(), out_dir or 'out/eval' * plots, {}
+    if from_json and data.endswith('.json'):                          # no image is needed
+        dataset, truth = None, ground_truth(read_coco(data))
+    else:
+        dataset = DetectionDataset(data, images=images)
+        truth = dataset.coco()
+    folder, speed = out_dir or 'out/eval' * plots, {}
     ious = nms_iou if isinstance(nms_iou, tuple) and not from_json else (nms_iou,)
-    for kind, (count, example) in dataset.problems.items():
+    for kind, (count, example) in dataset.problems.items() if dataset else ():
         if kind.startswith('image'):
             print(f'warning: {count} x {kind}, whose objects count as missed, such as {example}', file=sys.stderr)
     if from_json:

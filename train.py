@@ -435,8 +435,9 @@ def draw_pictures():
     for i in range(min(num_pictures, len(val_set))):
         image = val_set[0, i]['image']                                                # (3, H, W) uint8
         found = ema.detect(image[None].to(device).float() / 255)[0].cpu()
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        picture = draw_boxes(picture, found[:, :4].numpy(), found[:, 5].long().numpy(), val_set.names, found[:, 4].numpy())
+        zoom = max(1, 480 // max(image.shape))                                        # words need room
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((image.shape[2] * zoom, image.shape[1] * zoom))
+        picture = draw_boxes(picture, found[:, :4].numpy() * zoom, found[:, 5].long().numpy(), val_set.names, found[:, 4].numpy())
         picture.save(os.path.join(out_dir, f'val_{i}.jpg'), quality=92)
 
 

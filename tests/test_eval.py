@@ -218,8 +218,11 @@ def test_script(folder, model, tmp_path, monkeypatch, capsys):
     common = dict(weights=str(tmp_path / 'best.pt'), data=str(folder / 'val.json'), out_dir=str(tmp_path / 'out'))
     first, out = run(monkeypatch, capsys, **common, by_class=True, nms_iou=(0.7,))
     assert first['images'] == 6 and 'images/s' in out and set(first['by_class']) == {'kind3', 'kind7'} and len(first['occlusion']) == 5
-    again, _ = run(monkeypatch, capsys, **common, from_json=str(tmp_path / 'out' / 'detections.json'))
+    (tmp_path / 'alone.json').write_text((folder / 'val.json').read_text())           # no image lies beside it, and none is needed
+    again, _ = run(monkeypatch, capsys, data=str(tmp_path / 'alone.json'), out_dir='', from_json=str(tmp_path / 'out' / 'detections.json'))
     assert [again[key] for key in ev.KEYS] == pytest.approx([first[key] for key in ev.KEYS], abs=2e-3)      # its boxes are rounded
+    with pytest.raises(InputError, match='nowhere.json: No such file or directory, check the path'):
+        run(monkeypatch, capsys, data='nowhere.json')
     sweep, out = run(monkeypatch, capsys, **common, nms_iou=(0.3, 0.7), from_json='')
     assert set(sweep['sweep']) == {'0.3', '0.7'} and sweep['AP'] == max(sweep['sweep'].values()) and 'NMS IoU' in out
     none, out = run(monkeypatch, capsys, **common, conf=2.0)

@@ -126,6 +126,20 @@ def test_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
         assert (tmp_path / 'a' / name).stat().st_size > 1000
 
 
+def test_two_ranks_resume_to_the_bit(shapes, tmp_path):
+    """Under fp16 with its scaler, random selection, a one-to-one head and BatchNorm at work: 3 steps and 3 more are 6."""
+    settings = ['--dtype=float16', '--one2one=True', '--select=random', '--accum=2', '--eval_interval=1', '--log_interval=1']
+    train(shapes, tmp_path / 'a', *settings, '--max_steps=6', ranks=2)
+    train(shapes, tmp_path / 'b', *settings, '--max_steps=3', ranks=2)
+    said = train(shapes, tmp_path / 'b', *settings, '--max_steps=6', '--init_from=resume', ranks=2).stdout
+    assert 'warning: this is not the run' not in said
+    a, b = load(tmp_path / 'a/ckpt.pt'), load(tmp_path / 'b/ckpt.pt')
+    assert a['step'] == b['step'] == 6 and a['scaler']['scale'] > 0 and not torch.equal(a['model']['stem.bn.running_mean'], torch.zeros(16))
+    for saved in (a, b):
+        del saved['config']
+    assert_same(a, b)
+
+
 def test_full_disk_costs_the_newest_file_only(shapes, tmp_path):
     """No file may outgrow 4 MB: every checkpoint fails to be written, the run goes on and says so."""
     done = subprocess.run(command(shapes, tmp_path, '--max_steps=2'), cwd=ROOT, env=ENV, capture_output=True, text=True,
