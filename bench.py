@@ -25,7 +25,6 @@ import time
 import types
 import weakref
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +45,6 @@ knobs |= dict(
     repeats=7,             # timed runs, after two untimed ones; the median is printed
     threads=0,             # CPU threads, 0 leaves PyTorch's choice
     channels=512,          # of the attention table
-    compiled=False,        # latency: also torch.compile
     onnx=True,             # latency: also onnxruntime, on a CPU
     sizes=(),              # of the image, ((H, W), ...), for attention and latency; () is each table's own
 )
@@ -251,7 +249,7 @@ def bench_latency():
         ways = {}
         for attn in letters:
             ways |= {(attn, 'not fused'): make(attn).eval(), (attn, 'fused'): make(attn).fuse()}
-            if run.compiled:
+            if run.compile:
                 ways[attn, 'compiled'] = torch.compile(make(attn).fuse())
             if run.onnx and run.device == 'cpu':
                 ways[attn, 'onnxruntime'] = onnx_session(make(attn).fuse(), x)
@@ -304,13 +302,25 @@ def shape():
     return (run.imgsz, run.imgsz) if isinstance(run.imgsz, int) else tuple(run.imgsz)
 
 
+def half_dtype():
+    """What train.py's dtype='auto' is on this machine."""
+    if run.device.startswith('cuda'):
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    return 'bfloat16' if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else 'float32'
+
+
 def bench_train():
-    """Where a training step's time goes. Loading is one thread's time; with a loader process it runs beside the rest."""
-    quick = run.device != 'cpu' or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    name = run.dtype if run.dtype != 'auto' else 'bfloat16' if quick else 'float32'
+    """
+    Where the time of a micro-batch and an optimizer step goes. Loading is one thread's time; with a loader process it runs
+    beside the rest. AdamW and one head, whatever the settings.
+    """
+    name = run.dtype if run.dtype != 'auto' else half_dtype()
     data = training_set(run.cache_mb)
     model = make(run.attn, len(data.names)).train()
-    ema = copy.deepcopy(model).requires_grad_(False)
+    ema, micro = copy.deepcopy(model).requires_grad_(False), run.batch_size // run.accum
+    model.checkpointing = run.checkpointing
+    if run.compile:
+        model.features = torch.compile(model.features)
     step = torch.optim.AdamW(model.param_groups(1e-3, run.weight_decay), fused=True)
     spent = {}
 
@@ -324,7 +334,7 @@ def bench_train():
 
     for i in range(run.repeats + 3):
         with clock('load'):
-            batch = collate([data[0, (i * run.batch_size + j) % len(data)] for j in range(run.batch_size)])
+            batch = collate([data[0, (i * micro + j) % len(data)] for j in range(micro)])
         images = batch['images'].to(run.device).to(memory_format=torch.channels_last).float() / 255
         targets = dict(labels=batch['labels'].to(run.device), boxes=batch['boxes'].to(run.device))
         with clock('forward'), torch.autocast(run.device.split(':')[0], getattr(torch, name), enabled=name != 'float32'):
@@ -341,17 +351,19 @@ def bench_train():
                                  [p for p in model.state_dict().values() if p.is_floating_point()], 0.01)
     rows = [dict(part=part, ms=statistics.median(s[3:]) * 1e3) for part, s in spent.items()]
     all_ms = sum(r['ms'] for r in rows)
-    rows = [dict(r, share=f'{r["ms"] / all_ms:.0%}', **{'images/s': run.batch_size / r['ms'] * 1e3}) for r in rows]
-    rows.append({'part': 'all, one after the other', 'ms': all_ms, 'share': '100%', 'images/s': run.batch_size / all_ms * 1e3})
-    print(f'HSV-DET-{run.scale} attn={run.attn}, {shape()[0]}x{shape()[1]}, batch {run.batch_size}, {name}, {run.train_data}')
+    rows = [dict(r, share=f'{r["ms"] / all_ms:.0%}', **{'images/s': micro / r['ms'] * 1e3}) for r in rows]
+    rows.append({'part': 'all, one after the other', 'ms': all_ms, 'share': '100%', 'images/s': micro / all_ms * 1e3})
+    how = name + ', compiled' * run.compile
+    print(f'HSV-DET-{run.scale} attn={run.attn}, {shape()[0]}x{shape()[1]}, batch {micro}, {how}, {run.train_data}')
     table('train', rows)
 
 
 def bench_memory():
     """
     A training step's peak, by part, from the sizes of all tensors on the 'meta' device: nothing is computed, no GPU is
-    needed. AdamW's two moments; without assignment and losses, which are bounded and small beside the maps. On a GPU the
-    measured peak of the real step stands beside it, under memory_cap_gb if that is set.
+    needed. It is the second micro-batch, whose gradients are added to those of the first. AdamW's two moments; without
+    assignment and losses, which are bounded and small beside the maps. On a GPU the measured peak of the real step
+    stands beside it, under memory_cap_gb if that is set.
     """
     H, W = shape()
     half = run.dtype != 'float32'
@@ -366,15 +378,15 @@ def bench_memory():
         if half:                                                                      # stands in for autocast, which meta tensors do not know:
             model, images = model.bfloat16(), images.bfloat16()                       # activations in 2 bytes, and the weights' 2-byte copies
         model.checkpointing = run.checkpointing
-        with LiveMemory(*model.parameters(), *model.buffers()) as memory:
+        sum(m.float().sum() for m in model(images)[0]).backward()                     # gradients are there from the second micro-batch on
+        standing = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        with LiveMemory(*standing) as memory:
             maps, _ = model(images)
             kept = memory.live
-            loss = sum(m.float().sum() for m in maps)
-            loss.backward()
+            sum(m.float().sum() for m in maps).backward()
         row = dict(attn=letters, parameters=count * 4, EMA=count * 4, optimizer=trained * 8, gradients=trained * 4)
-        row['kept activations'] = kept
-        row['peak of forward + backward'] = memory.peak - trained * (2 if half else 4)
-        row['all'] = sum(row[name] for name in ('parameters', 'EMA', 'optimizer', 'gradients', 'peak of forward + backward')) + count * 2 * half
+        row |= {'2-byte weights': count * 2 * half, 'forward + backward': memory.peak}
+        row = row | {'all': sum(list(row.values())[1:]), 'of which kept for backward': kept}
         row = {name: value if name == 'attn' else value / 2 ** 20 for name, value in row.items()}
         if run.device.startswith('cuda'):
             row['measured'] = cuda_peak(letters, micro, H, W)
@@ -383,8 +395,8 @@ def bench_memory():
           f'{"2-byte activations" if half else "float32"}')
     table('memory', rows)
     if len(rows) > 1:
-        more = {name: rows[1][name] - rows[0][name] for name in ('kept activations', 'all')}
-        print(f'the blocks: {more["kept activations"]:.0f} MiB of activations, {more["all"]:.0f} MiB in all')
+        more = {name: rows[1][name] - rows[0][name] for name in ('of which kept for backward', 'all')}
+        print(f'the blocks: {more["of which kept for backward"]:.0f} MiB kept for backward, {more["all"]:.0f} MiB in all')
 
 
 def cuda_peak(letters, micro, H, W):
@@ -399,7 +411,7 @@ def cuda_peak(letters, micro, H, W):
     corner = torch.rand(micro, 50, 2, device=run.device) * torch.tensor([W, H], device=run.device) * 0.8
     targets = dict(labels=torch.zeros(micro, 50, dtype=torch.long, device=run.device), boxes=torch.cat((corner, corner + 60), -1))
     for _ in range(2):
-        with torch.autocast('cuda', torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16):
+        with torch.autocast('cuda', getattr(torch, half_dtype()), enabled=run.dtype != 'float32'):
             _, losses = model(torch.rand(micro, 3, H, W, device=run.device).to(memory_format=torch.channels_last), targets)
         sum(losses.values()).backward()
         optimizer.step()
@@ -414,9 +426,8 @@ def bench_loader():
     for cache in (0, run.cache_mb):
         for profiled in (False, True):
             data, profile = training_set(cache), cProfile.Profile()
-            rng = np.random.default_rng(0)
             for epoch in range(2 if cache else 1):                                    # the cache fills in the first
-                order = rng.permutation(len(data))[:400]
+                order = data.order(epoch)[:400]                                       # as training visits them, which mosaic_block counts on
                 t = time.perf_counter()
                 if profiled and epoch == bool(cache):
                     profile.enable()

@@ -280,6 +280,8 @@ def read_coco(path):
         for entry in entries:
             if not isinstance(entry, dict) or any(field not in entry for field in fields):
                 raise InputError(f'{path}: {str(entry)[:80]} in "{key}" lacks {" or ".join(fields)}: mend that entry')
+            if 'id' in fields and type(entry['id']) is not int:
+                raise InputError(f'{path}: the id {entry["id"]!r} in "{key}" is not a whole number, as COCO wants it: number the {key}')
     return data
 
 
@@ -301,7 +303,7 @@ def ground_truth(data):
 def find_images(source, file_names):
     """The folder in which the files of a COCO json lie, when nobody named it: the likely one beside it."""
     folder, stem = os.path.split(os.path.splitext(source)[0])
-    stems = [stem, stem.removeprefix('instances_')]
+    stems = [stem, stem.removeprefix('instances_'), re.sub(r'^instances_|_\d+$', '', stem)]           # instances_train2017_20 -> train2017
     likely = [os.path.join(folder, *p) for p in (*(('images', s) for s in stems), ('images',), *((s,) for s in stems), (),
                                                  *(('..', s) for s in stems), *(('..', 'images', s) for s in stems), ('..', 'images'))]
     return next((p for p in likely if any(os.path.isfile(os.path.join(p, name)) for name in file_names[:100])), '')

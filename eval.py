@@ -96,6 +96,7 @@ class OnnxModel(torch.nn.Module):
         B, _, H, W = entry.shape                                     # a name instead of a number where the export left it free
         self.batch, self.fixed = B if isinstance(B, int) else 0, (H, W) if isinstance(H, int) else None
         self.imgsz = self.fixed or json.loads(about.get('imgsz', 'null'))
+        self.one2one = about.get('one2one') == 'True'                # then there is nothing to suppress
         self.ends_in_nms, self.conf = 'detections' in [output.name for output in self.session.get_outputs()], about.get('conf')
 
     def forward(self, images, one2one=False):
@@ -118,6 +119,13 @@ def load_model(path, device='cpu', fuse=True, **overrides):
         return OnnxModel(path, device)
     model = HSVDET.from_pretrained(path, **overrides).eval()
     return (model.fuse() if fuse else model).to(device, memory_format=torch.channels_last)
+
+
+def open_data(source, names, images='', **more):
+    """The set, its classes in the order of `names`, the model's, if it has no others."""
+    dataset = DetectionDataset(source, images=images, **more)
+    known = set(dataset.names) <= set(names) and list(names) != list(dataset.names)
+    return DetectionDataset(source, images=images, names=names, **more) if known else dataset
 
 
 def input_shape(model, imgsz):
@@ -360,6 +368,24 @@ def confusion(truth, detections, conf=0.25):
     return matrix
 
 
+def duplicates(truth, detections, conf=0.25):
+    """
+    Detections per object beyond the first: those of score >= conf that overlap an object of their class by IoU >= 0.5,
+    each counted for the object it overlaps most. Without suppression this is what NMS would have had to remove.
+    """
+    detections, boxes, found = detections[detections[:, 5] >= conf], collections.defaultdict(list), 0
+    for a in truth['annotations']:
+        if not a['iscrowd']:
+            boxes[a['image_id'], a['category_id']].append(a['bbox'])
+    for (image, kind), theirs in boxes.items():
+        mine = detections[(detections[:, 0] == image) & (detections[:, 6] == kind), 1:5]
+        if len(mine):
+            iou = coco_mask.iou(mine, np.array(theirs, float), [0] * len(theirs))     # (detections, objects)
+            count = np.bincount(iou.argmax(1)[iou.max(1) >= 0.5], minlength=len(theirs))
+            found += (count - 1).clip(0).sum()
+    return round(float(found / max(1, sum(map(len, boxes.values())))), 4)
+
+
 def draw(E, truth, detections, folder):
     """precision_recall.png and confusion.png"""
     try:
@@ -420,10 +446,11 @@ def show(title, table):
 def main():
     if not data:
         raise InputError('no ground truth given: add --data=path/val.json, or a YOLO folder')
+    model = None if from_json else load_model(weights, device, fuse, **dict(attn=attn) if attn else {})
     if from_json and data.endswith('.json'):                          # no image is needed
         dataset, truth = None, ground_truth(read_coco(data))
     else:
-        dataset = DetectionDataset(data, images=images)
+        dataset = open_data(data, model.names if model else (), images)
         truth = dataset.coco()
     folder, speed = out_dir or 'out/eval' * plots, {}
     ious = nms_iou if isinstance(nms_iou, tuple) and not from_json else (nms_iou,)
@@ -433,7 +460,6 @@ def main():
     if from_json:
         tables = [read_detections(from_json, truth)]
     else:
-        model = load_model(weights, device, fuse, **dict(attn=attn) if attn else {})
         if list(model.names) != list(dataset.names):
             print(f"warning: the model's classes are {', '.join(model.names[:5])}, the data's {', '.join(dataset.names[:5])}", file=sys.stderr)
         if not nms and isinstance(model, HSVDET) and model.one2one_head is None:
@@ -441,6 +467,8 @@ def main():
         if getattr(model, 'ends_in_nms', False):
             print(f'warning: NMS is inside the file, beyond the settings here, and AP lacks what scores below its {model.conf}', file=sys.stderr)
         tables, clock = find(model, dataset, imgsz, batch_size, rect, conf, ious, max_det, dtype, device, nms=nms, antialias=antialias)
+        there = [c['id'] for c in truth['categories']]
+        tables = [table[np.isin(table[:, 6], there)] for table in tables]             # classes that the set does not know
         speed = dict(images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2))
         parts = ', '.join(f'{part} {clock["images"] / (clock[part] + 1e-9):.0f}' for part in ('load', 'network', 'nms'))
         print(f'{speed["images"]} images, {speed["images_per_s"]} images/s; each part alone: {parts} images/s (loading runs beside the others)')
@@ -459,6 +487,8 @@ def main():
     if occlusion:
         summary['occlusion'] = under_occlusion(truth, table)
         show('overlap with another object', summary['occlusion'])
+    summary['duplicates'] = duplicates(truth, table)
+    print(f'\nduplicates: {summary["duplicates"]:.3f} per object at score 0.25')
     if folder:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, 'detections.json'), 'w', encoding='utf-8') as f:

@@ -47,7 +47,7 @@ from torch import nn
 
 from configurator import configure
 from data import DetectionDataset, InputError, draw_shapes, letterbox
-from eval import OnnxModel, evaluate, input_shape
+from eval import OnnxModel, evaluate, input_shape, open_data
 from model import HSVDET
 
 weights = 'out/best.pt'             # ours, or a YOLOv8 .pt
@@ -244,7 +244,7 @@ def main():
     if one2one and model.one2one_head is None:
         raise InputError(f'--one2one=True: {weights} has no one-to-one head, train with --one2one=True or leave the setting out')
     shape = input_shape(model, imgsz)
-    dataset = DetectionDataset(data, images=images, imgsz=shape) if data else None
+    dataset = open_data(data, model.names, images, imgsz=shape) if data else None
     seen = DetectionDataset(calibration, imgsz=shape) if precision == 'int8' else None
     how = dict(nms=nms, one2one=one2one, conf=conf, iou=nms_iou, max_det=max_det, multi_label=multi_label)
     network = (export_onnx if suffix == '.onnx' else export_torch)(model, path, shape, dynamic, precision, **how)

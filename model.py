@@ -31,6 +31,8 @@ from data import InputError
 from loss import detection_loss, flatten_maps, make_points, sides_to_boxes
 from sparse_attention import SparseGlobalBlockGated
 
+torch.backends.cudnn.allow_tf32 = False                            # on a GPU float32 means float32, also in convolutions
+
 SCALES = {  # depth, width, largest channel count before width
     'n': (0.33, 0.25, 1024),
     's': (0.33, 0.50, 1024),

@@ -25,6 +25,7 @@ What it does not do: hyperparameter search, experiment trackers, callbacks. Chan
 import contextlib
 import copy
 import csv
+import datetime
 import math
 import multiprocessing
 import os
@@ -98,10 +99,10 @@ freeze_bn = False                 # BatchNorm uses its running statistics and do
 # machine
 device = 'auto'                   # auto cpu cuda cuda:1 ...
 dtype = 'auto'                    # auto float32 bfloat16 float16: of the convolutions; attention and loss are float32
-compile = False                   # torch.compile
+compile = False                   # torch.compile of backbone, blocks and neck
 checkpointing = False             # recompute activations: less memory, slower
 sync_bn = False                   # BatchNorm statistics over all ranks
-memory_cap_gb = 0.0               # > 0: hard limit on GPU memory
+memory_cap_gb = 0.0               # > 0: hard limit on what PyTorch takes of the GPU's memory; CUDA itself takes up to 1 GB more
 seed = 0
 # log
 log_interval = 10                 # steps
@@ -146,6 +147,8 @@ if not 0 <= warmup_epochs + close_epochs <= epochs:
     raise InputError(f'stages: warmup_epochs={warmup_epochs} and close_epochs={close_epochs} must fit into epochs={epochs}')
 if not 0 <= multi_scale < 1:
     raise InputError(f'--multi_scale={multi_scale}: must be 0 or a share below 1')
+if compile and checkpointing:
+    raise InputError('--compile=True and --checkpointing=True exclude each other: checkpointing saves memory, compiling time; choose one')
 if sync_bn and device_type == 'cpu':
     raise InputError('--sync_bn=True needs CUDA devices; on CPU ranks --freeze_bn=True makes BatchNorm independent of them')
 if batch_size % (accum * world):
@@ -165,7 +168,8 @@ try:
 except OSError as e:
     raise InputError(f'cannot write to out_dir {out_dir} ({e.strerror}): choose another with --out_dir=') from None
 if ddp:
-    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
+    cuda = device_type == 'cuda'                                                      # an hour: rank 0 alone judges, and makes data
+    dist.init_process_group('nccl' if cuda else 'gloo', timeout=datetime.timedelta(hours=1), device_id=torch.device(device) if cuda else None)
 if memory_cap_gb and device_type == 'cpu':
     print('warning: memory_cap_gb has no effect on a CPU')
 elif memory_cap_gb:
@@ -181,7 +185,8 @@ def say(*words):
 # --- data ----------------------------------------------------------------------------------------------------------------
 if make_data not in ('', 'shapes', 'far'):
     raise InputError(f"--make_data={make_data}: must be 'shapes', 'far' or nothing")
-if make_data and main and not os.path.exists(train_data):
+made = (os.path.join(os.path.dirname(train_data), name) for name in ('train.json', 'val.json'))
+if make_data and main and not os.path.exists(train_data) and (train_data, val_data) == tuple(made):     # never into somebody's own set
     {'shapes': make_shapes, 'far': make_far}[make_data](os.path.dirname(train_data))
 if ddp:
     dist.barrier()
@@ -193,7 +198,8 @@ objects = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.
 say(f'train: {len(train_set)} images, {objects.sum()} objects, {len(objects)} classes; val: {len(val_set)} images')
 for where, s in ((train_data, train_set), (val_data, val_set)):
     for kind, (count, example) in s.problems.items():
-        say(f'{where}: {kind}: {count}, such as {example}')
+        missed = '; their objects count as missed' if s is val_set and kind.startswith('image') else ''
+        say(f'{where}: {kind}: {count}, such as {example}{missed}')
 if (objects == 0).any():
     say('warning: no training object of ' + ', '.join(train_set.names[i] for i in np.flatnonzero(objects == 0)[:10]))
 
@@ -234,7 +240,9 @@ class Lion(torch.optim.Optimizer):
             beta1, beta2 = group['betas']
             for p in group['params']:
                 if p.grad is not None:
-                    m = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]['momentum'] = torch.zeros_like(p)
+                    m = self.state[p]['momentum']
                     p.mul_(1 - group['lr'] * group['weight_decay']).sub_(group['lr'] * torch.lerp(p.grad, m, beta1).sign_())
                     m.lerp_(p.grad, 1 - beta2)
 
@@ -288,6 +296,8 @@ optimizers = [make_optimizer(name, its_groups) for name, its_groups in by_optimi
 scaler = torch.amp.GradScaler(device_type, init_scale=2.0 ** 10, enabled=dtype == 'float16')   # our sums start large
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 params = [p for p in model.parameters() if p.requires_grad]
+averaged, counted = (list(zip(*((mine, theirs) for mine, theirs in zip(ema.state_dict().values(), model.state_dict().values(), strict=True)
+                                if mine.is_floating_point() == floats), strict=True)) for floats in (True, False))       # the state as pairs of lists
 single = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith('one2one')]
 shared = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith('one2one')]
 
@@ -301,7 +311,8 @@ if resume:
             o.load_state_dict(state)
             for group, settings in zip(o.param_groups, now, strict=True):             # this command's word, not the checkpoint's
                 group.update(settings)
-        scaler.load_state_dict(resume['scaler'])
+        if resume['scaler']:                                                          # empty unless the run was fp16
+            scaler.load_state_dict(resume['scaler'])
     except (RuntimeError, ValueError) as e:
         why = ' '.join(str(e).split())[:150]
         raise InputError(f'{path} holds another network or optimizer ({why}): resume with the settings of the run') from None
@@ -314,6 +325,7 @@ if 'fork' not in multiprocessing.get_all_start_methods():                       
 
 
 def quiet_worker(worker):
+    os.setpgrp()                                                                      # torchrun's SIGTERM goes to the whole group
     signal.signal(signal.SIGINT, signal.SIG_IGN)                                      # Ctrl-C is for the loop, which then saves
 
 
@@ -323,9 +335,11 @@ loader = torch.utils.data.DataLoader(train_set, batch_sampler=Batches(step), num
 batches = iter(loader)
 if resume:
     torch.set_rng_state(resume['rng'])                                                # only random selection draws from it
-net = torch.compile(model) if compile else model
+if compile:                                                                           # assignment and losses have shapes of their own every time
+    model.features = torch.compile(model.features)
+net = model
 if ddp:
-    net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[local_rank] if device_type == 'cuda' else None)
+    net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if device_type == 'cuda' else None)
 amp = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 say(f'HSV-DET-{scale} attn={attn}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {imgsz[0]}x{imgsz[1]}, batch {batch_size}'
     f' = {world} ranks x {accum} micro-batches x {micro}; {device} {dtype}; {total_steps} steps')
@@ -345,17 +359,25 @@ def lr_at(epoch):
 log_path = os.path.join(out_dir, 'log.csv')
 columns = (['step', 'epoch', 'lr', 'box', 'cls', 'dfl'] + ['one2one_box', 'one2one_cls', 'one2one_dfl'] * one2one
            + ['objects', 'grad_norm'] + [f'gate_{level}' for level in model.blocks()] + ['AP', 'AP50', 'AP75'])
+if main and not resume and any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')):
+    n = next(n for n in range(1, 10 ** 6) if not os.path.exists(os.path.join(out_dir, f'earlier_{n}')))
+    os.makedirs(os.path.join(out_dir, f'earlier_{n}'))
+    for name in os.listdir(out_dir):
+        if re.fullmatch(r'(ckpt|ckpt_prev|best)\.pt|log\.csv|curves\.png|val_\d+\.jpg', name):
+            os.replace(os.path.join(out_dir, name), os.path.join(out_dir, f'earlier_{n}', name))
+    say(f'{out_dir} held a run already: moved to {os.path.join(out_dir, f"earlier_{n}")}')
 if main:                                                                              # no clock in it: a resumed run's log is the same
     rows = []
     if resume and os.path.exists(log_path):
         with open(log_path, newline='') as f:
             rows = [row for row in csv.DictReader(f) if int(row['step']) <= step]
-    log_file = open(log_path + '.part', 'w', newline='')
-    log = csv.DictWriter(log_file, columns, restval='', extrasaction='ignore')
-    log.writeheader()
-    log.writerows(rows)
-    log_file.flush()
+    with open(log_path + '.part', 'w', newline='') as f:
+        log = csv.DictWriter(f, columns, restval='', extrasaction='ignore')
+        log.writeheader()
+        log.writerows(rows)
     os.replace(log_path + '.part', log_path)
+    log_file = open(log_path, 'a', newline='')
+    log = csv.DictWriter(log_file, columns, restval='', extrasaction='ignore')
 
 
 def log_row(row):
@@ -563,11 +585,8 @@ while step < last:
     step += 1
     decay = ema_decay * (1 - math.exp(-step / ema_tau))
     with torch.no_grad():
-        mine, theirs = ema.state_dict(), model.state_dict()
-        floats = [name for name, value in mine.items() if value.is_floating_point()]
-        torch._foreach_lerp_([mine[name] for name in floats], [theirs[name] for name in floats], 1 - decay)
-        for name in mine.keys() - set(floats):
-            mine[name].copy_(theirs[name])
+        torch._foreach_lerp_(*averaged, 1 - decay)
+        torch._foreach_copy_(*counted)
 
     # 6) log: means over the interval
     if not bad and not overflow:
@@ -579,9 +598,10 @@ while step < last:
         running['grad_norm'] = running.get('grad_norm', 0.0) + norm
         count += 1
     epoch = step * batch_size / n_images
-    row = dict(step=step, epoch=round(epoch, 4), lr=now_lr, **{f'gate_{level}': block.gate.item() for level, block in model.blocks().items()})
+    row = dict(step=step, epoch=round(epoch, 4), lr=now_lr)
     if step % log_interval == 0 and count:
         row |= {name: value / count for name, value in running.items()}
+        row |= {f'gate_{level}': block.gate.item() for level, block in model.blocks().items()}
         running, count = {}, 0
         seconds = time.time() - shown
         left = (time.time() - started) / (step - first_step) * (last - step)
@@ -603,12 +623,14 @@ while step < last:
         t = time.time()
         evaluate_and_tell(row)
         shown += time.time() - t
-    told = torch.tensor(float(bool(stop)), device=device)
-    if ddp:
-        dist.all_reduce(told)                                                         # one rank was told to stop: all stop
-    if told.item() or not due and save_interval and step % save_interval == 0:
+    told = bool(stop)
+    if ddp:                                                                           # one rank was told to stop: all stop
+        all_told = torch.tensor(float(told), device=device)
+        dist.all_reduce(all_told)
+        told = bool(all_told.item())
+    if told or not due and save_interval and step % save_interval == 0:
         save_checkpoint()
-    if told.item():
+    if told:
         say(f'{stop[0] if stop else "another rank"} at step {step}: saved; go on with --init_from=resume')
         break
 

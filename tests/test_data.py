@@ -414,6 +414,8 @@ def test_one_sentence_for_each_mistake(tmp_path):
     assert 'x.json is not a COCO annotation file, it has no list "images"' in complaint(tmp_path / 'x.json')
     (tmp_path / 'x.json').write_text('{"images": [{"id": 1}], "annotations": [], "categories": []}')
     assert 'lacks id or file_name' in complaint(tmp_path / 'x.json')
+    (tmp_path / 'x.json').write_text('{"images": [{"id": "one", "file_name": "a.png"}], "annotations": [], "categories": []}')
+    assert "the id 'one' in \"images\" is not a whole number" in complaint(tmp_path / 'x.json')
     assert 'not one image of' in complaint(write_coco(str(tmp_path), [(1, 'a.png', 9, 9)], [(1, 1, [0, 0, 5, 5], {})]))
     assert 'a.png' in complaint(tmp_path / 'set.json')
     assert 'nowhere' in complaint(tmp_path / 'set.json', images='nowhere')

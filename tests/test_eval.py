@@ -101,6 +101,14 @@ def test_occlusion_by_hand():
     assert table[ev.BINS[4]] == dict(AP=1.0, AP50=1.0, AR100=1.0, recall50=1.0, objects=21)
 
 
+def test_duplicates_by_hand():
+    """The first object is found twice, three times with a low score; another class, or a box on nothing, is no duplicate."""
+    one, two = FOUR[0][2], FOUR[1][2]
+    rows = found((1, 3, one, 0.9), (1, 3, [12, 10, 20, 20], 0.8), (1, 3, one, 0.2), (1, 7, one, 0.9), (1, 3, two, 0.9), (1, 3, [90, 0, 9, 9], 0.9))
+    assert ev.duplicates(truth_of(*FOUR), rows) == 1 / 4 and ev.duplicates(truth_of(*FOUR), rows, conf=0.1) == 2 / 4
+    assert ev.duplicates(truth_of(*FOUR), rows[:0]) == 0
+
+
 def test_confusion_by_hand():
     truth = truth_of(*FOUR[:3], (2, 7, [50, 10, 20, 50]))
     matrix = ev.confusion(truth, found((1, 3, FOUR[0][2], 0.9), (1, 7, FOUR[1][2], 0.8), (2, 7, [50, 10, 20, 50], 0.7),

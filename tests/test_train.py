@@ -215,6 +215,7 @@ def test_bad_input_is_one_sentence(shapes, tmp_path):
         (['--device=cuda'], 'sees no CUDA device; use --device=cpu'),
         (['--device=cuda:x'], 'must be auto, cpu, cuda or cuda:n'),
         (['--sync_bn=True'], 'needs CUDA devices'),
+        (['--compile=True', '--checkpointing=True'], 'exclude each other'),
         (['--dtype=float8'], 'must be auto, float32, bfloat16 or float16'),
         (['--out_dir=/proc/no'], 'cannot write to out_dir /proc/no'),
         (['--train_data=nowhere.json'], 'nowhere.json not found'),
@@ -255,3 +256,14 @@ def test_another_network_is_not_resumed(shapes, tmp_path):
     train(shapes, tmp_path, '--max_steps=1')
     done = train(shapes, tmp_path, '--init_from=resume', '--attn=---', check=False)
     assert done.returncode == 1 and 'holds another network' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_new_run_does_not_erase_an_earlier_one(shapes, tmp_path):
+    train(shapes, tmp_path, '--max_steps=1')
+    names = {'ckpt.pt', 'best.pt', 'log.csv', 'curves.png', 'val_0.jpg'}
+    first = {name: (tmp_path / name).read_bytes() for name in names}
+    (tmp_path / 'notes.txt').write_text('mine')
+    said = train(shapes, tmp_path, '--max_steps=1', '--seed=1').stdout
+    assert f'{tmp_path} held a run already: moved to {tmp_path}/earlier_1' in said
+    assert {p.name: p.read_bytes() for p in (tmp_path / 'earlier_1').iterdir()} == first
+    assert {p.name for p in tmp_path.iterdir()} == names | {'notes.txt', 'earlier_1'}
