@@ -220,6 +220,15 @@ def run(monkeypatch, capsys, **knobs):
     return json.loads(out.splitlines()[-1]), out
 
 
+def test_classes_in_the_order_of_the_model(folder):
+    """Whatever order the model has them in, and whatever more it knows; a set with classes of its own stays as it is."""
+    data = ev.open_data(str(folder / 'val.json'), ['kind7', 'other', 'kind3'])
+    assert data.names == ['kind7', 'other', 'kind3'] and data.category_ids[0] == 7 and data.category_ids[2] == 3
+    numbers = ev.evaluate(Oracle(data, (64, 64)), data, (64, 64), verbose=False)
+    assert numbers['AP'] > 0.99
+    assert ev.open_data(str(folder / 'val.json'), ['kind7', 'other']).names == ['kind3', 'kind7']
+
+
 def test_script(folder, model, tmp_path, monkeypatch, capsys):
     model.names = ['kind3', 'kind7']
     model.save(tmp_path / 'best.pt')

@@ -9,7 +9,7 @@ from torch import nn
 
 import export
 from data import InputError
-from eval import OnnxModel, input_shape
+from eval import OnnxModel, input_shape, predict
 from export import difference, export_onnx, export_torch, pictures, quantise, reload
 from model import HSVDET, HSVDETConfig, nms
 
@@ -131,6 +131,12 @@ def test_one2one_needs_no_nms(tmp_path):
     nodes = onnx.load(path).graph.node
     assert 'NonMaxSuppression' not in {node.op_type for node in nodes}
     assert not any(node.name.startswith('detect_head') for node in nodes), 'the one-to-many head stays at home'
+    # without the detections in the graph, whoever loads it knows that nothing is to be suppressed
+    export_onnx(model, path, SHAPE, one2one=True)
+    image = torch.randint(0, 256, (*SHAPE, 3), dtype=torch.uint8).numpy()
+    rows, _, _ = predict(OnnxModel(path), [image], (0.7,), 0.01, 50)
+    want = model.detect(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255, conf=0.01, max_det=50, nms=False)[0]
+    assert len(rows[0][0]) == len(want) == 50 and np.abs(rows[0][0][:, :5] - want[:, :5].numpy()).max() < 0.05
 
 
 def test_fp16_keeps_the_island(tmp_path):
