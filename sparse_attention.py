@@ -189,7 +189,7 @@ class SparseGlobalBlock(nn.Module):
         y = F.conv2d(x, weight)                                                       # (B, C, H, W): out(v) everywhere
         if self.select == 'none':
             return y
-        x_rows, y_rows = x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2)   # (B, N, C) views
+        x_rows, y_rows = x.flatten(2).transpose(1, 2), y.view(B, C, H * W).transpose(1, 2)            # (B, N, C), the latter a view
         wide = torch.promote_types(x.dtype, torch.float32)
         # nothing to gather when all attend; where N is a symbol only k = 0 says so, for every N
         everyone = self.select != 'learned' and (self.k == 0 or type(H * W) is int and self.count(H * W) == H * W)
@@ -218,6 +218,9 @@ class SparseGlobalBlock(nn.Module):
                 attended = u + s.sigmoid()[..., None] * (attended - u)
         if everyone:
             return attended.to(y.dtype).transpose(1, 2).reshape(B, C, H, W)
+        if not torch.is_grad_enabled():                                               # in place: saves a copy of N C numbers
+            y_rows.scatter_(1, rows, attended.to(y.dtype))
+            return y
         y_rows = y_rows.scatter(1, rows, attended.to(y.dtype))
         return y_rows.transpose(1, 2).reshape(B, C, H, W)
 
@@ -263,4 +266,5 @@ class SparseGlobalBlockGated(SparseGlobalBlock):
         return self.gate * super().head_mix()
 
     def forward(self, x):
-        return x + super().forward(x)
+        y = super().forward(x)
+        return x + y if torch.is_grad_enabled() or y.dtype != x.dtype else y.add_(x)  # fresh memory costs more than the sum
