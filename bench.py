@@ -4,7 +4,8 @@ Every cost table of the README: what it costs, where it goes. Medians of repeate
     python bench.py attention                       the block at P5 and P4, 640x640 to 3840x2160: definition, fast path, full attention
     python bench.py latency --scale=l               a detector's milliseconds by part, '---' beside '-SS'; eager, compiled, ONNX
     python bench.py nms                             exact NMS, 300 to 30,000 candidates
-    python bench.py train config/shapes.py          a training step by part: load, forward, assign + loss, backward, optimizer + EMA
+    python bench.py train config/shapes.py          a training step by part: load, forward, assign + loss, backward, optimizer + EMA;
+                                                    with --compile=True eager and compiled in turn
     python bench.py memory config/hsvdet_1080p_8gb.py    peak memory of a training step by part
     python bench.py loader --train_data=...         augmented samples per second on one thread, cache off and on
 
@@ -16,6 +17,7 @@ import copy
 import cProfile
 import csv
 import functools
+import itertools
 import os
 import platform
 import pstats
@@ -253,7 +255,7 @@ def bench_latency():
                 ways[attn, 'compiled'] = torch.compile(make(attn).fuse())
             if run.onnx and run.device == 'cpu':
                 ways[attn, 'onnxruntime'] = onnx_session(make(attn).fuse(), x)
-        for (attn, how), seconds in timed_in_turn({name: functools.partial(f, x) for name, f in ways.items() if f}).items():
+        for (attn, how), seconds in timed_in_turn({name: functools.partial(f, x) for name, f in ways.items() if f is not None}).items():
             rows.append(dict.fromkeys(rows[0], '') | {'image': f'{W}x{H}', 'attn': attn, 'how': how, 'all ms': seconds * 1e3})
     table(f'latency_{run.scale}', rows)
 
@@ -315,47 +317,47 @@ def bench_train():
     beside the rest. AdamW and one head, whatever the settings.
     """
     name = run.dtype if run.dtype != 'auto' else half_dtype()
-    data = training_set(run.cache_mb)
-    model = make(run.attn, len(data.names)).train()
-    ema, micro = copy.deepcopy(model).requires_grad_(False), run.batch_size // run.accum
-    model.checkpointing = run.checkpointing
-    if run.compile:
-        model.features = torch.compile(model.features)
-    step = torch.optim.AdamW(model.param_groups(1e-3, run.weight_decay), fused=True)
-    spent = {}
+    data, micro, ways, spent = training_set(run.cache_mb), run.batch_size // run.accum, {}, {}
+    for how in ('eager', 'compiled')[:1 + run.compile]:
+        model = make(run.attn, len(data.names)).train()
+        ema = copy.deepcopy(model).requires_grad_(False)
+        model.checkpointing = run.checkpointing
+        if how == 'compiled':
+            model.features = torch.compile(model.features)
+        ways[how] = model, ema, torch.optim.AdamW(model.param_groups(1e-3, run.weight_decay), fused=True)
 
     @contextlib.contextmanager
-    def clock(part):
+    def clock(how, part):
         sync()
         t = time.perf_counter()
         yield
         sync()
-        spent.setdefault(part, []).append(time.perf_counter() - t)
+        spent.setdefault(how, {}).setdefault(part, []).append(time.perf_counter() - t)
 
-    for i in range(run.repeats + 3):
-        with clock('load'):
+    for i, (how, (model, ema, optimizer)) in itertools.product(range(run.repeats + 3), ways.items()):                # in turn
+        with clock(how, 'load'):
             batch = collate([data[0, (i * micro + j) % len(data)] for j in range(micro)])
         images = batch['images'].to(run.device).to(memory_format=torch.channels_last).float() / 255
         targets = dict(labels=batch['labels'].to(run.device), boxes=batch['boxes'].to(run.device))
-        with clock('forward'), torch.autocast(run.device.split(':')[0], getattr(torch, name), enabled=name != 'float32'):
+        with clock(how, 'forward'), torch.autocast(run.device.split(':')[0], getattr(torch, name), enabled=name != 'float32'):
             maps, _ = model(images)
-        with clock('assign + loss'):
+        with clock(how, 'assign + loss'):
             loss = sum(detection_loss(maps, targets).values())
-        with clock('backward'):
+        with clock(how, 'backward'):
             loss.backward()
-        with clock('optimizer + EMA'):
+        with clock(how, 'optimizer + EMA'):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-            step.step()
-            step.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             torch._foreach_lerp_([p for p in ema.state_dict().values() if p.is_floating_point()],
                                  [p for p in model.state_dict().values() if p.is_floating_point()], 0.01)
-    rows = [dict(part=part, ms=statistics.median(s[3:]) * 1e3) for part, s in spent.items()]
-    all_ms = sum(r['ms'] for r in rows)
-    rows = [dict(r, share=f'{r["ms"] / all_ms:.0%}', **{'images/s': micro / r['ms'] * 1e3}) for r in rows]
-    rows.append({'part': 'all, one after the other', 'ms': all_ms, 'share': '100%', 'images/s': micro / all_ms * 1e3})
-    how = name + ', compiled' * run.compile
-    print(f'HSV-DET-{run.scale} attn={run.attn}, {shape()[0]}x{shape()[1]}, batch {micro}, {how}, {run.train_data}')
-    table('train', rows)
+    for how, parts in spent.items():
+        rows = [dict(part=part, ms=statistics.median(seconds[3:]) * 1e3) for part, seconds in parts.items()]
+        all_ms = sum(r['ms'] for r in rows)
+        rows = [dict(r, share=f'{r["ms"] / all_ms:.0%}', **{'images/s': micro / r['ms'] * 1e3}) for r in rows]
+        rows.append({'part': 'all, one after the other', 'ms': all_ms, 'share': '100%', 'images/s': micro / all_ms * 1e3})
+        print(f'HSV-DET-{run.scale} attn={run.attn}, {shape()[0]}x{shape()[1]}, batch {micro}, {name}, {how}, {run.train_data}')
+        table('train' + '_compiled' * (how == 'compiled'), rows)
 
 
 def bench_memory():
@@ -426,17 +428,18 @@ def bench_loader():
     for cache in (0, run.cache_mb):
         for profiled in (False, True):
             data, profile = training_set(cache), cProfile.Profile()
-            for epoch in range(2 if cache else 1):                                    # the cache fills in the first
-                order = data.order(epoch)[:400]                                       # as training visits them, which mosaic_block counts on
-                t = time.perf_counter()
-                if profiled and epoch == bool(cache):
-                    profile.enable()
-                for i in order:
-                    data[epoch, int(i)]
-                profile.disable()
-                seconds = time.perf_counter() - t
+            visits = [(epoch, int(i)) for epoch in range(1 + -(-400 // len(data))) for i in data.order(epoch)]        # as training does
+            for key in visits[-800:-400] if cache else ():                            # the cache fills
+                data[key]
+            if profiled:
+                profile.enable()
+            t = time.perf_counter()
+            for key in visits[-400:]:
+                data[key]
+            seconds = time.perf_counter() - t
+            profile.disable()
             if not profiled:
-                rows.append({'cache MiB': cache, 'samples': len(order), 'samples/s': len(order) / seconds, 'ms a sample': seconds / len(order) * 1e3})
+                rows.append({'cache MiB': cache, 'samples/s': 400 / seconds, 'ms a sample': seconds / 400 * 1e3})
                 continue
             inside = {name: time for (file, _, name), (_, _, _, time, _) in pstats.Stats(profile).stats.items() if file.endswith('data.py')}
             decode, pixels, colour = (inside.get(name, 0.0) for name in ('load_image', 'place', 'jitter_colour'))
