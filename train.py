@@ -640,4 +640,7 @@ if main:
     say(f'{seconds / 60:.1f} min, {(step - first_step) * batch_size / seconds:.1f} images/s with everything; best AP {best:.4f}; in {out_dir}: '
         + ' '.join(sorted(os.listdir(out_dir))))
 if ddp:
+    dist.barrier()
     dist.destroy_process_group()
+    print(end='', flush=True)
+    os._exit(0)                                                                       # gloo's threads live on, and can abort Python's own way out
