@@ -68,11 +68,11 @@ def assert_same(a, b, where=''):
 
 @pytest.fixture(scope='session')
 def one_step(shapes, tmp_path_factory):
-    """The change of all weights in one step of plain SGD, nothing random, BatchNorm frozen, with `settings`."""
+    """The change of all weights in three steps of plain SGD, nothing random, BatchNorm frozen, with `settings`."""
     seed = next(s for s in range(1000) if (np.random.default_rng((s, 0)).permutation(12)[:4] % 2 == [0, 0, 1, 1]).all())   # ids start at 1
     fixed = ['--optimizer=sgd', '--momentum=0.9', '--lr=0.001', '--warmup_epochs=0', '--clip=1e9', '--weight_decay=0.0', '--freeze_bn=True',
              '--mosaic=0.0', '--scale_aug=0.0', '--translate=0.0', '--flip=0.0', '--hsv_h=0.0', '--hsv_s=0.0', '--hsv_v=0.0',
-             '--max_steps=1', '--gate=fixed', '--one2one=True', f'--seed={seed}']
+             '--max_steps=3', '--gate=fixed', '--one2one=True', f'--seed={seed}']
     start = tmp_path_factory.mktemp('start') / 'start.pt'
     torch.manual_seed(0)
     model = HSVDET(HSVDETConfig(num_classes=6, k=8, gate='fixed', one2one=True))
@@ -89,7 +89,7 @@ def one_step(shapes, tmp_path_factory):
 
 @pytest.mark.parametrize('settings, ranks', [(['--accum=4'], 1), ([], 2), (['--accum=2'], 2)], ids=['4 micro-batches', '2 ranks', '2 x 2'])
 def test_parts_give_the_gradient_of_the_whole(one_step, settings, ranks):
-    """Rank 1, and the last two micro-batches, hold no object at all."""
+    """In the first of three steps rank 1, and the last two micro-batches, hold no object at all."""
     run, (whole, log) = one_step
     parts, parts_log = run(*settings, ranks=ranks)
     largest = max(v.abs().max() for v in whole.values())
