@@ -9,7 +9,7 @@ Train a detector.
     ... --init_from=resume                                            go on where a run broke off
 
 out_dir receives ckpt.pt (everything needed to go on; ckpt_prev.pt is the one before), best.pt (EMA weights of the best
-evaluation), log.csv, curves.png and val_*.jpg.
+evaluation), log.csv, curves.png and val_*.jpg. What a new run finds there of an older one it moves to earlier_1, _2, ...
 
 One step is one *effective* batch: batch_size images, over all ranks and `accum` micro-batches. A loss is normalised by
 the sum of target scores of the whole effective batch, so neither ranks nor accumulation change its gradient. (BatchNorm
