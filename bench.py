@@ -59,12 +59,12 @@ def sync():
         torch.cuda.synchronize()
 
 
-def timed(f, n=None):
+def time_median(f, n=None):
     """Median seconds of f()."""
-    return timed_in_turn({'f': f}, n)['f']
+    return time_interleaved({'f': f}, n)['f']
 
 
-def timed_in_turn(ways, n=None):
+def time_interleaved(ways, n=None):
     """{name: f} -> {name: median seconds of f()}, one call of each in turn, so that the machine's drift hits all alike."""
     seconds = {name: [] for name in ways}
     for i in range((n or run.repeats) + 2):
@@ -157,14 +157,14 @@ def bench_attention():
             with torch.no_grad():
                 fast = copy.deepcopy(block)
                 if run.heads == 1:
-                    fast.fold(), full.fold()
-                ways = {'plain': block.plain, 'fast': fast.forward, 'full': full.forward}
+                    fast.merge_projections(), full.merge_projections()
+                ways = {'plain': block.forward_reference, 'fast': fast.forward, 'full': full.forward}
                 for name, f in ways.items():
                     shadow = getattr(copy.deepcopy(f.__self__).to('meta'), f.__name__)            # FLOPs are counted on meta tensors: the
                     with FlopCounterMode(display=False) as counter:                   # counter does not know a CPU's attention kernel
                         shadow(x.to('meta'))
                     row[f'{name} GFLOPs'] = counter.get_total_flops() / 1e9
-                times = timed_in_turn({name: functools.partial(f, x) for name, f in ways.items()}, 3 if h * w > 9000 else None)
+                times = time_interleaved({name: functools.partial(f, x) for name, f in ways.items()}, 3 if h * w > 9000 else None)
                 row |= {f'{name} ms': seconds * 1e3 for name, seconds in times.items()}
                 for name, f in ways.items():
                     with LiveMemory(x) as memory:
@@ -255,7 +255,7 @@ def bench_latency():
                 ways[attn, 'compiled'] = torch.compile(make(attn).fuse())
             if run.onnx and run.device == 'cpu':
                 ways[attn, 'onnxruntime'] = onnx_session(make(attn).fuse(), x)
-        for (attn, how), seconds in timed_in_turn({name: functools.partial(f, x) for name, f in ways.items() if f is not None}).items():
+        for (attn, how), seconds in time_interleaved({name: functools.partial(f, x) for name, f in ways.items() if f is not None}).items():
             rows.append(dict.fromkeys(rows[0], '') | {'image': f'{W}x{H}', 'attn': attn, 'how': how, 'all ms': seconds * 1e3})
     table(f'latency_{run.scale}', rows)
 
@@ -293,8 +293,8 @@ def bench_nms():
         with LiveMemory() as memory:
             kept = len(nms(boxes, scores, labels, 0.7, 300))
         row = dict(candidates=P, kept=kept)
-        row['ms'] = timed(lambda b=boxes, s=scores, y=labels: nms(b, s, y, 0.7, 300)) * 1e3
-        row['ms, all kept'] = timed(lambda b=boxes, s=scores, y=labels: nms(b, s, y, 0.7, 10 ** 9), 3) * 1e3
+        row['ms'] = time_median(lambda b=boxes, s=scores, y=labels: nms(b, s, y, 0.7, 300)) * 1e3
+        row['ms, all kept'] = time_median(lambda b=boxes, s=scores, y=labels: nms(b, s, y, 0.7, 10 ** 9), 3) * 1e3
         row['MiB'] = memory.peak / 2 ** 20
         rows.append(row)
     table('nms', rows)
@@ -317,13 +317,13 @@ def bench_train():
     beside the rest. AdamW and one head, whatever the settings.
     """
     name = run.dtype if run.dtype != 'auto' else half_dtype()
-    data, micro, ways, spent = training_set(run.cache_mb), run.batch_size // run.accum, {}, {}
+    data, micro, ways, spent = training_set(run.cache_mb), run.batch_size // run.grad_accum, {}, {}
     for how in ('eager', 'compiled')[:1 + run.compile]:
         model = make(run.attn, len(data.names)).train()
         ema = copy.deepcopy(model).requires_grad_(False)
         model.checkpointing = run.checkpointing
         if how == 'compiled':
-            model.features = torch.compile(model.features)
+            model.forward_features = torch.compile(model.forward_features)
         ways[how] = model, ema, torch.optim.AdamW(model.param_groups(1e-3, run.weight_decay), fused=True)
 
     @contextlib.contextmanager
@@ -369,7 +369,7 @@ def bench_memory():
     """
     H, W = shape()
     half = run.dtype != 'float32'
-    micro = run.batch_size // run.accum
+    micro = run.batch_size // run.grad_accum
     rows = []
     for letters in dict.fromkeys(('---', run.attn)):
         with torch.device('meta'):
@@ -393,7 +393,7 @@ def bench_memory():
         if run.device.startswith('cuda'):
             row['measured'] = cuda_peak(letters, micro, H, W)
         rows.append(row)
-    print(f'MiB; HSV-DET-{run.scale}, {H}x{W}, {run.accum} micro-batches of {micro}, checkpointing {run.checkpointing}, '
+    print(f'MiB; HSV-DET-{run.scale}, {H}x{W}, {run.grad_accum} micro-batches of {micro}, checkpointing {run.checkpointing}, '
           f'{"2-byte activations" if half else "float32"}')
     table('memory', rows)
     if len(rows) > 1:

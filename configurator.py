@@ -16,7 +16,9 @@ import os
 import sys
 import traceback
 
-from data import InputError
+
+class InputError(ValueError):
+    """The user's input is at fault. The message is one sentence that names the place and the way out."""
 
 
 def one_sentence(kind, error, trace):
@@ -24,7 +26,7 @@ def one_sentence(kind, error, trace):
     if issubclass(kind, InputError):
         print(f'error: {error}', file=sys.stderr)
     elif kind.__name__ == 'OutOfMemoryError':                        # torch's, named so that this file need not load torch
-        print('error: out of GPU memory: more --accum, --checkpointing=True, or a smaller --imgsz; python bench.py memory says where it goes',
+        print('error: out of GPU memory: more --grad_accum, --checkpointing=True, or a smaller --imgsz; python bench.py memory says where it goes',
               file=sys.stderr)
     else:
         traceback.print_exception(kind, error, trace)

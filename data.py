@@ -49,13 +49,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-GREY = 114                                                             # fills what no picture covers
+from configurator import InputError
+
+PAD_VALUE = 114                                                             # fills what no picture covers
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)      # what Pillow raises
-
-
-class InputError(ValueError):
-    """The user's input is at fault. The message is one sentence that names the place and the way out."""
 
 
 # ------------------------------------------------------------------------------------------ pictures
@@ -118,7 +116,7 @@ def resize(image, h, w):
 
 # ------------------------------------------------------------------------------------------ geometry
 
-def span(length, scale, start, limit):
+def src_dst_interval(length, scale, start, limit):
     """
     One axis of a placement: a picture of `length` pixels, drawn `scale` times as large from target coordinate `start`
     on, in a target of `limit` pixels. -> (a, b, c, d): source pixels a..b land on target pixels c..d. None: invisible.
@@ -134,20 +132,20 @@ def span(length, scale, start, limit):
     return a, b, c, d
 
 
-def place(canvas, image, xs, ys):
+def paste_resized(canvas, image, xs, ys):
     """Draw columns and rows `xs`, `ys` (two spans) of image (3, h, w) on canvas (3, H, W), in place."""
     (a, b, c, d), (e, f, g, h) = xs, ys
     canvas[:, g:h, c:d] = resize(image[:, e:f, a:b], h - g, d - c)
 
 
-def follow(boxes, xs, ys):
+def transform_boxes(boxes, xs, ys):
     """Boxes (n, 4) through the same two spans, not yet cut."""
     (a, b, c, d), (e, f, g, h) = xs, ys
     gain = np.array([(d - c) / (b - a), (h - g) / (f - e)] * 2, np.float32)
     return (boxes - np.array([a, e] * 2, np.float32)) * gain + np.array([c, g] * 2, np.float32)
 
 
-def cut(boxes, labels, xs, ys):
+def clip_boxes(boxes, labels, xs, ys):
     """Boxes cut at the rim of what was drawn; kept with sides above 2 px, over a tenth of the area, and no slivers."""
     (_, _, c, d), (_, _, g, h) = xs, ys
     after = boxes.clip(np.array([c, g] * 2, np.float32), np.array([d, h] * 2, np.float32))
@@ -172,8 +170,8 @@ def letterbox(image, shape):
     """
     image = to_tensor(image)                                           # (3, h, w)
     scale, xs, ys = letterbox_spans((image.shape[2], image.shape[1]), shape)
-    canvas = torch.full((*shape, 3), GREY, dtype=torch.uint8)          # (H, W, 3)
-    place(canvas.permute(2, 0, 1), image, xs, ys)
+    canvas = torch.full((*shape, 3), PAD_VALUE, dtype=torch.uint8)          # (H, W, 3)
+    paste_resized(canvas.permute(2, 0, 1), image, xs, ys)
     return canvas.numpy(), scale, (xs[2], ys[2])
 
 
@@ -193,7 +191,7 @@ def rect_shape(sizes, imgsz, stride=32, pad=0.5):
 # Each function takes its chances from `rng` alone and changes none of its arguments. A picture still to be placed is
 # (read, (w, h), boxes, labels): read() decodes it, and is called only if some of it will be seen.
 
-def scene(pictures, rng, shape, scale, translate):
+def compose_mosaic(pictures, rng, shape, scale, translate):
     """
     One picture, or four as a mosaic, on an (H, W) input -> image (3, H, W), boxes (n, 4), labels (n,).
 
@@ -203,7 +201,7 @@ def scene(pictures, rng, shape, scale, translate):
     hangs by a corner.
     """
     H, W = shape
-    canvas = torch.full((3, H, W), GREY, dtype=torch.uint8)
+    canvas = torch.full((3, H, W), PAD_VALUE, dtype=torch.uint8)
     zoom = rng.uniform(1 - scale, 1 + scale)
     shift = rng.uniform(0.5 - translate, 0.5 + translate, 2) * (W, H)
     meet = np.rint((rng.uniform(0.5, 1.5, 2) - 1) * (W, H) * zoom + shift)
@@ -214,11 +212,11 @@ def scene(pictures, rng, shape, scale, translate):
             x, y = shift - (w * grow / 2, h * grow / 2)
         else:                                                          # 0 1 / 2 3: left and upper ones end at the centre
             x, y = meet - (w * grow * (corner % 2 == 0), h * grow * (corner < 2))
-        xs, ys = span(w, grow, x, W), span(h, grow, y, H)
+        xs, ys = src_dst_interval(w, grow, x, W), src_dst_interval(h, grow, y, H)
         image = read() if xs and ys else None
         if image is not None:
-            place(canvas, image, xs, ys)
-            kept.append(cut(follow(boxes, xs, ys), labels, xs, ys))
+            paste_resized(canvas, image, xs, ys)
+            kept.append(clip_boxes(transform_boxes(boxes, xs, ys), labels, xs, ys))
     boxes, labels = zip(*kept, strict=True)
     return canvas, np.concatenate(boxes), np.concatenate(labels)
 
@@ -229,7 +227,7 @@ def mixup(a, b, rng):
     return image, np.concatenate((a[1], b[1])), np.concatenate((a[2], b[2]))
 
 
-def jitter_colour(image, boxes, labels, rng, hsv):
+def color_jitter(image, boxes, labels, rng, hsv):
     """
     Hue, saturation and value by up to ± hsv, as ONE 3x3 matrix on RGB: hue turns the colour about the grey axis by up
     to h of the circle, saturation scales its distance from luma by 1 ± s, value scales all by 1 ± v. This is the
@@ -254,7 +252,7 @@ def jitter_colour(image, boxes, labels, rng, hsv):
     return out, boxes, labels
 
 
-def flip(image, boxes, labels, rng, chance):
+def hflip(image, boxes, labels, rng, chance):
     """Left for right, with probability `chance`."""
     if rng.random() >= chance:
         return image, boxes, labels
@@ -405,16 +403,16 @@ class DetectionDataset:
     def __init__(self, source, images='', imgsz=(640, 640), augment=None, seed=0, cache_mb=1024, names=None):
         self.source, self.augment, self.seed, self.cache_mb = source, augment, seed, cache_mb
         self.shape = (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
-        strange = set(augment or ()) - {'mosaic', 'mixup', 'scale', 'translate', 'hsv', 'flip', 'close_epoch', 'block'}
+        strange = set(augment or ()) - {'mosaic', 'mixup', 'scale', 'translate', 'hsv', 'flip', 'no_aug_epoch', 'block'}
         assert not strange, f'no such augmentation: {strange}'
-        self.problems, self.image_ids, self.files, self.sizes, self.labels, self.boxes = {}, [], [], [], [], []
+        self.issues, self.image_ids, self.files, self.sizes, self.labels, self.boxes = {}, [], [], [], [], []
         if not os.path.exists(re.sub(r'(\.ya?ml):\w+$', r'\1', source)):
             makers = (('shapes', 'shapes'), ('instances_train2017.json', 'coco'), ('coco', 'coco20'))
             command = next((f'run: python data.py {name}' for part, name in makers if part in source), 'check the path')
             raise InputError(f'dataset {source} not found: {command}')
         self.is_coco = source.endswith('.json')
         self.load_coco(images, names) if self.is_coco else self.load_yolo(names)
-        quoted = ''.join(f'; {kind}: {count}, such as {example}' for kind, (count, example) in self.problems.items())
+        quoted = ''.join(f'; {kind}: {count}, such as {example}' for kind, (count, example) in self.issues.items())
         if not self.files:
             raise InputError(f'not one image of {source} can be used{quoted}: check the folder of the images')
         if not sum(map(len, self.labels)):
@@ -434,8 +432,8 @@ class DetectionDataset:
     def __len__(self):
         return len(self.files)
 
-    def problem(self, kind, example):
-        self.problems.setdefault(kind, [0, example])[0] += 1
+    def record_issue(self, kind, example):
+        self.issues.setdefault(kind, [0, example])[0] += 1
 
     def load_coco(self, images, names):
         data, source, known, rows, listings = read_coco(self.source), self.source, set(), {}, {}
@@ -453,9 +451,9 @@ class DetectionDataset:
             if where not in listings:                                  # one listing, not 118,287 questions
                 listings[where] = set(os.listdir(where or '.')) if os.path.isdir(where or '.') else set()
             if id_ in known:
-                self.problem('image listed twice', f'{source}: id {id_}, {entry["file_name"]}, the second left out')
+                self.record_issue('image listed twice', f'{source}: id {id_}, {entry["file_name"]}, the second left out')
             elif base not in listings[where]:
-                self.problem('image missing', f'{file}, image id {id_}, left out')
+                self.record_issue('image missing', f'{file}, image id {id_}, left out')
             else:
                 size = (entry.get('width'), entry.get('height'))
                 size = size if all(size) else self.header_size(file)
@@ -474,11 +472,11 @@ class DetectionDataset:
         for a in data['annotations']:
             id_, image_id, category_id, box = a.get('id'), a.get('image_id'), a.get('category_id'), floats(a.get('bbox'))
             if image_id not in known:
-                self.problem('annotation without image', f'{source}: annotation {id_} is for image {image_id}, which is not listed, dropped')
+                self.record_issue('annotation without image', f'{source}: annotation {id_} is for image {image_id}, which is not listed, dropped')
             elif len(box) != 4:
-                self.problem('annotation without a proper bbox', f'{source}: annotation {id_} of image {image_id} has {a.get("bbox")}, dropped')
+                self.record_issue('annotation without a proper bbox', f'{source}: annotation {id_} of image {image_id} has {a.get("bbox")}, dropped')
             elif category_id not in label_of:
-                self.problem('unknown category', f'{source}: annotation {id_} of image {image_id} has category_id {category_id}, dropped')
+                self.record_issue('unknown category', f'{source}: annotation {id_} of image {image_id} has category_id {category_id}, dropped')
             elif image_id in rows and not a.get('iscrowd'):
                 x, y, w, h = box
                 rows[image_id].append((label_of[category_id], x, y, x + w, y + h, id_))
@@ -498,17 +496,17 @@ class DetectionDataset:
                 with open(txt, encoding='utf-8', errors='replace') as f:
                     lines = f.readlines()
             else:
-                self.problem('image without label file', f'{file} has no {txt}, taken for a picture without objects')
+                self.record_issue('image without label file', f'{file} has no {txt}, taken for a picture without objects')
             for number, line in enumerate(lines, 1):
                 values, where = floats(line.split()), f'{txt}, line {number}'
                 if not line.strip():
                     continue
                 if len(values) < 5 or len(values) % 2 == 0 or values[0] < 0 or values[0] % 1:
-                    self.problem('malformed line', f'{where}: "{line.strip()[:60]}" is not "class cx cy w h", dropped')
+                    self.record_issue('malformed line', f'{where}: "{line.strip()[:60]}" is not "class cx cy w h", dropped')
                     continue
                 label = label_of.get(int(values[0]), -1) if own else int(values[0])
                 if label < 0 or names and label >= len(names):
-                    self.problem('unknown category', f'{where} has class {int(values[0])} of {len(own or names)}, dropped')
+                    self.record_issue('unknown category', f'{where} has class {int(values[0])} of {len(own or names)}, dropped')
                     continue
                 points = np.array(values[1:]).reshape(-1, 2)           # (2, 2): centre and size; (n, 2): an outline
                 low, high = points[0] - points[1] / 2, points[0] + points[1] / 2
@@ -531,9 +529,9 @@ class DetectionDataset:
             with Image.open(file) as image:
                 return upright_size(image)
         except FileNotFoundError:
-            self.problem('image missing', f'{file}, left out')
+            self.record_issue('image missing', f'{file}, left out')
         except BROKEN as e:
-            self.problem('image unreadable', f'{file} ({e}), left out')
+            self.record_issue('image unreadable', f'{file} ({e}), left out')
 
     def keep_good(self, rows, size, where):
         """The good ones of one picture's rows (label, x1, y1, x2, y2, number) become its labels and boxes."""
@@ -549,7 +547,7 @@ class DetectionDataset:
             elif max(-x1, -y1, x2 - w, y2 - h) > 1:                    # less is rounding, and not worth a word
                 wrong = 'box beyond the border', 'cut'
             if wrong:
-                self.problem(wrong[0], f'{where} {number}: {x1:.1f} {y1:.1f} {x2:.1f} {y2:.1f} in {w}x{h}, {wrong[1]}')
+                self.record_issue(wrong[0], f'{where} {number}: {x1:.1f} {y1:.1f} {x2:.1f} {y2:.1f} in {w}x{h}, {wrong[1]}')
             if not wrong or wrong[1] == 'cut':
                 kept[label, box] = True
         self.labels.append(np.array([label for label, _ in kept], np.int64))
@@ -580,7 +578,7 @@ class DetectionDataset:
             image = to_tensor(load_image(self.files[i], (w, h), shrink))
         except InputError as e:
             self.broken.add(i)
-            self.problem('image of another size' if 'annotations are for' in str(e) else 'image unreadable', str(e))
+            self.record_issue('image of another size' if 'annotations are for' in str(e) else 'image unreadable', str(e))
             print(f'warning: skipped: {e}', file=sys.stderr)
             if len(self.broken) == len(self):
                 raise InputError(f'not one image of {self.source} can be used: {e}') from None
@@ -600,7 +598,7 @@ class DetectionDataset:
         """The order (n,) in which to visit the set in this epoch; see `block`."""
         return np.random.default_rng((self.seed, epoch)).permutation(len(self))
 
-    def partners(self, epoch, index, count, rng):
+    def mosaic_indices(self, epoch, index, count, rng):
         """Some pictures to share a scene with picture `index`."""
         block = self.augment.get('block', 0)
         if not 0 < block < len(self):
@@ -619,38 +617,38 @@ class DetectionDataset:
 
     def letterboxed(self, i):
         """Picture i as evaluation sees it. An unreadable one is grey and empty, for evaluation keeps count."""
-        canvas = torch.full((3, *self.shape), GREY, dtype=torch.uint8)
+        canvas = torch.full((3, *self.shape), PAD_VALUE, dtype=torch.uint8)
         image = self.read(i)
         if image is None:
             return canvas, np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
         _, xs, ys = letterbox_spans(self.sizes[i].tolist(), self.shape)
-        place(canvas, image, xs, ys)
-        return canvas, follow(self.boxes[i], xs, ys), self.labels[i].copy()
+        paste_resized(canvas, image, xs, ys)
+        return canvas, transform_boxes(self.boxes[i], xs, ys), self.labels[i].copy()
 
     def __getitem__(self, key):
         """key: (epoch, index), or an index, which is of epoch 0. The whole recipe, in its order."""
         epoch, index = map(int, key if isinstance(key, tuple) else (0, key))
         a, rng = self.augment, np.random.default_rng((self.seed, epoch, index))
 
-        def a_scene(index, image=None):
+        def make_sample(index, image=None):
             pictures = [self.picture(index, image)]
             if rng.random() < mosaic:
-                pictures += [self.picture(i) for i in self.partners(epoch, index, 3, rng)]
+                pictures += [self.picture(i) for i in self.mosaic_indices(epoch, index, 3, rng)]
                 pictures = [pictures[i] for i in rng.permutation(4)]
-            return scene(pictures, rng, self.shape, a.get('scale', 0.0), a.get('translate', 0.0))
+            return compose_mosaic(pictures, rng, self.shape, a.get('scale', 0.0), a.get('translate', 0.0))
 
         if a is None:
             image, boxes, labels = self.letterboxed(index)
         else:
-            late = a.get('close_epoch') is not None and epoch >= a['close_epoch']
+            late = a.get('no_aug_epoch') is not None and epoch >= a['no_aug_epoch']
             mosaic, mixed = (0.0, 0.0) if late else (a.get('mosaic', 0.0), a.get('mixup', 0.0))
             while (image := self.read(index)) is None:                 # the next readable picture stands in
                 index = (index + 1) % len(self)
-            sample = a_scene(index, image)
+            sample = make_sample(index, image)
             if rng.random() < mixed:
-                sample = mixup(sample, a_scene(self.partners(epoch, index, 1, rng)[0]), rng)
-            sample = jitter_colour(*sample, rng, a.get('hsv', (0.0, 0.0, 0.0)))
-            image, boxes, labels = flip(*sample, rng, a.get('flip', 0.0))
+                sample = mixup(sample, make_sample(self.mosaic_indices(epoch, index, 1, rng)[0]), rng)
+            sample = color_jitter(*sample, rng, a.get('hsv', (0.0, 0.0, 0.0)))
+            image, boxes, labels = hflip(*sample, rng, a.get('flip', 0.0))
         return dict(image=image, labels=torch.from_numpy(labels), boxes=torch.from_numpy(boxes), index=index)
 
 
@@ -666,7 +664,7 @@ def collate(samples):
 
 # ------------------------------------------------------------------------------------------ drawing
 
-def colour_of(label):
+def class_color(label):
     """A colour per class: golden-angle steps around the hue circle, so that neighbours differ most."""
     return tuple(int(127.5 + 127.5 * math.cos(2 * math.pi * (label * 0.381966 + third / 3))) for third in (0, 2, 1))
 
@@ -678,11 +676,11 @@ def draw_boxes(image, boxes, labels, names, scores=None):
     font = ImageFont.load_default(size=max(9, round(max(W, H) / 64)))
     boxes, labels = [[float(v) for v in box] for box in boxes], [int(label) for label in labels]
     for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
-        draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour_of(label), width=max(1, round(max(W, H) / 500)))
+        draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=class_color(label), width=max(1, round(max(W, H) / 500)))
     for n, ((x1, y1, _, _), label) in enumerate(zip(boxes, labels, strict=True)):  # plates last: no line crosses a word
         text = (names[label] if label < len(names) else f'class {label}') + (f' {float(scores[n]):.2f}' if scores is not None else '')
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-        w, h, colour = right - left + 4, bottom - top + 3, colour_of(label)
+        w, h, colour = right - left + 4, bottom - top + 3, class_color(label)
         x, y = min(max(x1, 0), max(W - w, 0)), y1 - h if y1 >= h else max(y1, 0)   # above the box, or just inside
         draw.rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
         dark = colour[0] * 0.299 + colour[1] * 0.587 + colour[2] * 0.114 > 110
@@ -1079,7 +1077,7 @@ def coco_command(command, options):
 
 # ------------------------------------------------------------------------------------------ command line
 
-def sheet(pictures, names, columns=4):
+def image_grid(pictures, names, columns=4):
     """[((3, h, w) uint8 of one size, boxes, labels)] -> one picture of them all, large enough to read, boxes drawn."""
     _, h, w = pictures[0][0].shape
     zoom = max(1, round(480 / w))
@@ -1113,7 +1111,7 @@ def check(source, images='', out='out/check.png'):
     sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))             # (N,) as COCO counts sizes: the root of the area
     edges = [0, 8, 16, 32, 64, 96, 128, 256, np.inf]
     shares = np.histogram(sides, edges)[0] / len(sides)                # by octaves, and COCO's own edges
-    overlap = np.concatenate([largest_overlap(b) for b in data.boxes])
+    overlap = np.concatenate([max_pairwise_iou(b) for b in data.boxes])
     w, h = data.sizes.T
     print(f'{source}: {n} images, {(counts == 0).sum()} of them without objects, {len(boxes)} objects, {len(data.names)} classes')
     print(f'images     {w.min()}x{h.min()} to {w.max()}x{h.max()}, median {np.median(w):.0f}x{np.median(h):.0f}')
@@ -1125,14 +1123,14 @@ def check(source, images='', out='out/check.png'):
     small, large = (sides < 32).mean(), (sides >= 96).mean()
     print(f'COCO size  small (below 32 px) {small:.1%}, medium {1 - small - large:.1%}, large (from 96 px) {large:.1%}')
     print('crowding   ' + ', '.join(f'{(overlap > t).mean():.1%} overlap another by IoU > {t}' for t in (0.1, 0.3, 0.5)))
-    print('defects    ' + ('none' if not data.problems else ''))
-    for kind, (count, example) in data.problems.items():
+    print('defects    ' + ('none' if not data.issues else ''))
+    for kind, (count, example) in data.issues.items():
         print(f'  {count} x {kind}, such as {example}')
     chosen = [good[i] for i in np.linspace(0, len(good) - 1, min(16, len(good))).round().astype(int)]
-    write_picture(sheet([(s['image'], s['boxes'], s['labels']) for s in (data[i] for i in chosen)], data.names), out)
+    write_picture(image_grid([(s['image'], s['boxes'], s['labels']) for s in (data[i] for i in chosen)], data.names), out)
 
 
-def largest_overlap(boxes):
+def max_pairwise_iou(boxes):
     """For each of boxes (n, 4): its largest IoU with another one, (n,)."""
     low, high = np.maximum(boxes[:, None, :2], boxes[:, :2]), np.minimum(boxes[:, None, 2:], boxes[:, 2:])
     common = (high - low).clip(0).prod(2)                              # (n, n)
@@ -1168,7 +1166,7 @@ def show(config, settings, out='out/show.png'):
                    hsv=(k['hsv_h'], k['hsv_s'], k['hsv_v']), flip=k['flip'], block=k['mosaic_block'])
     data = DetectionDataset(k['train_data'], k['train_images'], k['imgsz'], augment, k['seed'], k['cache_mb'])
     samples = [data[(0, int(i))] for i in data.order(0)[:k['batch_size']]]
-    write_picture(sheet([(s['image'], s['boxes'], s['labels']) for s in samples], data.names), out)
+    write_picture(image_grid([(s['image'], s['boxes'], s['labels']) for s in samples], data.names), out)
 
 
 def main(args):

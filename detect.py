@@ -34,7 +34,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from configurator import configure
-from data import GREY, SUFFIXES, InputError, draw_boxes, letterbox, load_image, rect_shape
+from data import PAD_VALUE, SUFFIXES, InputError, draw_boxes, letterbox, load_image, rect_shape
 from eval import input_shape, load_model, predict, undo_letterbox
 from model import HSVDET
 
@@ -122,7 +122,7 @@ def draw_tokens(model, image, path, **settings):
         _, _, h, w = x.shape
         stride = 2 ** int(name[1])
         _, scale, corner = letterbox(image, (h * stride, w * stride))
-        canvas = Image.new('RGB', (round(w * stride / scale), round(h * stride / scale)), (GREY,) * 3)
+        canvas = Image.new('RGB', (round(w * stride / scale), round(h * stride / scale)), (PAD_VALUE,) * 3)
         offset = round(corner[0] / scale), round(corner[1] / scale)
         canvas.paste(image, offset)
 
@@ -146,10 +146,10 @@ def draw_tokens(model, image, path, **settings):
             ImageDraw.Draw(panel).rectangle((x, y, x + stride / scale, y + stride / scale), outline='white', width=2)
             panels.append(panel)
             said = f'; the one at the best object looks at one of them {heat.max() * len(selected):.1f} times as hard as at the average'
-        sheet = Image.new('RGB', (canvas.width * len(panels), canvas.height))
+        image_grid = Image.new('RGB', (canvas.width * len(panels), canvas.height))
         for i, panel in enumerate(panels):
-            sheet.paste(panel, (i * canvas.width, 0))
-        sheet.save(f'{path}_{name}.jpg', quality=92)
+            image_grid.paste(panel, (i * canvas.width, 0))
+        image_grid.save(f'{path}_{name}.jpg', quality=92)
         print(f'\n{path}_{name}.jpg: {len(selected)} of {h * w} cells selected, {chosen[padding].sum():.0f} of {padding.sum()} in the padding{said}')
 
 

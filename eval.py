@@ -40,7 +40,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from configurator import configure
-from data import GREY, DetectionDataset, InputError, ground_truth, letterbox, load_image, read_coco, rect_shape, resize
+from data import PAD_VALUE, DetectionDataset, InputError, ground_truth, letterbox, load_image, read_coco, rect_shape, resize
 from model import HSVDET, select_detections
 
 weights = ''                        # out/best.pt, a YOLOv8 .pt, or an .onnx of export.py
@@ -87,17 +87,17 @@ class OnnxModel(torch.nn.Module):
             self.session = onnxruntime.InferenceSession(path, options, providers=[p for p in wanted if p in there])
         except Exception as e:                                       # onnxruntime's errors have no base class of their own
             raise InputError(f'{path} is not a network that onnxruntime can run ({str(e).splitlines()[0]}): export it again') from None
-        about = self.session.get_modelmeta().custom_metadata_map
-        if 'names' not in about:
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if 'names' not in metadata:
             raise InputError(f'{path} does not say what its classes are: make it with python export.py --weights=...')
-        self.names = json.loads(about['names'])
+        self.names = json.loads(metadata['names'])
         entry = self.session.get_inputs()[0]
         self.entry, self.kind = entry.name, np.float16 if entry.type == 'tensor(float16)' else np.float32
         B, _, H, W = entry.shape                                     # a name instead of a number where the export left it free
         self.batch, self.fixed = B if isinstance(B, int) else 0, (H, W) if isinstance(H, int) else None
-        self.imgsz = self.fixed or json.loads(about.get('imgsz', 'null'))
-        self.one2one = about.get('one2one') == 'True'                # then there is nothing to suppress
-        self.ends_in_nms, self.conf = 'detections' in [output.name for output in self.session.get_outputs()], about.get('conf')
+        self.imgsz = self.fixed or json.loads(metadata.get('imgsz', 'null'))
+        self.one2one = metadata.get('one2one') == 'True'                # then there is nothing to suppress
+        self.ends_in_nms, self.conf = 'detections' in [output.name for output in self.session.get_outputs()], metadata.get('conf')
 
     def forward(self, images, one2one=False):
         B, n = len(images), self.batch or len(images)
@@ -180,7 +180,7 @@ def prepare(image, shape, longest=None, antialias=True):
     scale = min(H / h, W / w, (longest or np.inf) / max(w, h))
     nh, nw = max(round(h * scale), 1), max(round(w * scale), 1)
     top, left = (H - nh) // 2, (W - nw) // 2
-    x, canvas = torch.from_numpy(np.array(image)).permute(2, 0, 1), np.full((H, W, 3), GREY, np.uint8)
+    x, canvas = torch.from_numpy(np.array(image)).permute(2, 0, 1), np.full((H, W, 3), PAD_VALUE, np.uint8)
     x = resize(x, nh, nw) if antialias else (F.interpolate(x[None].float(), (nh, nw), mode='bilinear')[0] + 0.5).byte()
     canvas[top:top + nh, left:left + nw] = x.permute(1, 2, 0).numpy()
     return canvas, scale, (left, top)
@@ -197,10 +197,10 @@ def load(dataset, row, shape, *how):
     try:
         return row, *prepare(load_image(dataset.files[row], tuple(dataset.sizes[row])), shape, *how), time.perf_counter() - start
     except InputError as e:
-        return row, np.full((*shape, 3), GREY, np.uint8), 1.0, (0, 0), e
+        return row, np.full((*shape, 3), PAD_VALUE, np.uint8), 1.0, (0, 0), e
 
 
-def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7,), max_det=300, dtype='float32', device='cpu',
+def predict_dataset(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7,), max_det=300, dtype='float32', device='cpu',
          rank=0, world_size=1, nms=True, antialias=True, verbose=True):
     """
     What the model sees in the images of this rank's batches -> for each NMS threshold an array (n, 7) of image id,
@@ -214,7 +214,7 @@ def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7
     order = np.argsort(sizes[:, 1] / sizes[:, 0], kind='stable') if rect else np.arange(len(sizes))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)][rank::world_size]
     clock = collections.Counter(images=sum(map(len, batches)))
-    found, unreadable, done = [[np.zeros((0, 7))] for _ in ious], [], 0
+    rows_by_iou, unreadable, done = [[np.zeros((0, 7))] for _ in ious], [], 0
     modes = {module: module.training for module in model.modules()}                   # a frozen part may differ from the rest
     model.eval()
     start = shown = time.perf_counter()
@@ -234,7 +234,7 @@ def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7
                     unreadable.append(seconds)
                     continue
                 clock['load'] += seconds
-                for mine, one in zip(found, results, strict=True):
+                for mine, one in zip(rows_by_iou, results, strict=True):
                     d = undo_letterbox(one[j], scale, corner, sizes[row])
                     image = np.full(len(d), dataset.image_ids[row])
                     mine.append(np.column_stack([image, d[:, :2], d[:, 2:4] - d[:, :2], d[:, 4], kinds[d[:, 5].astype(int)]]))
@@ -250,12 +250,12 @@ def find(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7
         if len(unreadable) == len(sizes):
             raise InputError(f'not one image can be used: {unreadable[0]}')
         print(f'warning: {len(unreadable)} images cannot be used, their objects count as missed; the first: {unreadable[0]}', file=sys.stderr)
-    return [np.concatenate(mine) for mine in found], clock
+    return [np.concatenate(mine) for mine in rows_by_iou], clock
 
 
 # --- the judge -----------------------------------------------------------------------------------------------------------
 
-def compare(objects, detections, binned=False, **params):
+def match_detections(objects, detections, binned=False, **params):
     """Annotations and detections (n, 7) -> a COCOeval that has matched them; ids are positions + 1. params: COCOeval's own."""
     gt, dt = COCO(), COCO()
     keys = ('image_id', 'category_id', 'bbox', 'area', 'iscrowd')
@@ -273,7 +273,7 @@ def compare(objects, detections, binned=False, **params):
     return E
 
 
-def judge(truth, detections, bins=None):
+def run_cocoeval(coco_gt, detections, bins=None):
     """
     truth, a COCO dict, and detections (n, 7) as of `find` -> a COCOeval after its accumulate(). With bins, one number
     for each annotation, its area ranges are the bins 0, 1, 2, 3 (see the top).
@@ -281,13 +281,13 @@ def judge(truth, detections, bins=None):
     One class at a time, as classes never meet: pycocotools makes a few kB of Python objects per detection, which for
     5,000 images with 300 each would be 3 GB.
     """
-    by_class = {c['id']: [] for c in truth['categories']}
-    for i, a in enumerate(truth['annotations']):
+    by_class = {c['id']: [] for c in coco_gt['categories']}
+    for i, a in enumerate(coco_gt['annotations']):
         by_class[a['category_id']].append(a if bins is None else dict(a, area=bins[i]))
     more, parts = {} if bins is None else dict(binned=True, areaRng=[[b, b] for b in range(4)]), []
     with contextlib.redirect_stdout(io.StringIO()):                  # it talks
         for kind in sorted(by_class):
-            E = compare(by_class[kind], detections[detections[:, 6] == kind], catIds=[kind], **more)
+            E = match_detections(by_class[kind], detections[detections[:, 6] == kind], catIds=[kind], **more)
             E.accumulate()
             parts.append(E.eval)
     E.eval = dict(precision=np.concatenate([p['precision'] for p in parts], 2), recall=np.concatenate([p['recall'] for p in parts], 1))
@@ -295,7 +295,7 @@ def judge(truth, detections, bins=None):
     return E
 
 
-def twelve(E):
+def coco_summary(E):
     with contextlib.redirect_stdout(io.StringIO()):
         E.summarize()
     return {key: None if value < 0 else float(value) for key, value in zip(KEYS, E.stats, strict=True)}
@@ -306,12 +306,12 @@ def evaluate(model, dataset, imgsz, nms_iou=0.7, rank=0, world_size=1, **setting
     The twelve COCO numbers as a dict, the same on every rank and for any number of ranks; None: no such objects.
     settings: those of `find`. The model keeps its training mode.
     """
-    (table,), _ = find(model, dataset, imgsz, ious=(nms_iou,), rank=rank, world_size=world_size, **settings)
+    (table,), _ = predict_dataset(model, dataset, imgsz, ious=(nms_iou,), rank=rank, world_size=world_size, **settings)
     parts, numbers = [table] + [None] * (world_size - 1), [None]
     if world_size > 1:
         torch.distributed.gather_object(table, parts if rank == 0 else None)
     if rank == 0:
-        numbers = [twelve(judge(dataset.coco(), np.concatenate(parts)))]
+        numbers = [coco_summary(run_cocoeval(dataset.coco(), np.concatenate(parts)))]
     if world_size > 1:
         torch.distributed.broadcast_object_list(numbers)
     return numbers[0]
@@ -319,46 +319,46 @@ def evaluate(model, dataset, imgsz, nms_iou=0.7, rank=0, world_size=1, **setting
 
 # --- beyond the twelve -----------------------------------------------------------------------------------------------------
 
-def figures(E, k=slice(None), a=0):
+def mean_figures(E, k=slice(None), a=0):
     """AP, AP50, AR100 and the recall at IoU 0.5 of class k (of all) in range a; -1 marks a class without objects."""
     p, r = E.eval['precision'][:, :, k, a, -1], E.eval['recall'][:, k, a, -1]         # (T, R, K), (T, K)
     parts = dict(AP=p, AP50=p[:1], AR100=r, recall50=r[:1])
     return {name: round(float(x[x > -1].mean()), 5) if (x > -1).any() else None for name, x in parts.items()}
 
 
-def per_class(E, truth):
-    count = collections.Counter(a['category_id'] for a in truth['annotations'] if not a['iscrowd'])
-    name = {c['id']: c['name'] for c in truth['categories']}
-    return {name[i]: dict(figures(E, k), objects=count[i]) for k, i in enumerate(E.params.catIds)}
+def per_class(E, coco_gt):
+    count = collections.Counter(a['category_id'] for a in coco_gt['annotations'] if not a['iscrowd'])
+    name = {c['id']: c['name'] for c in coco_gt['categories']}
+    return {name[i]: dict(mean_figures(E, k), objects=count[i]) for k, i in enumerate(E.params.catIds)}
 
 
-def under_occlusion(truth, detections):
+def under_occlusion(coco_gt, detections):
     """The bins of the top of this file: {bin: AP, AP50, AR100, recall50, objects}"""
-    overlap, company = np.zeros(len(truth['annotations'])), np.zeros(len(truth['annotations']), int)
+    overlap, company = np.zeros(len(coco_gt['annotations'])), np.zeros(len(coco_gt['annotations']), int)
     rows = collections.defaultdict(list)
-    for i, a in enumerate(truth['annotations']):
+    for i, a in enumerate(coco_gt['annotations']):
         if not a['iscrowd']:
             rows[a['image_id']].append(i)
     for r in rows.values():
-        boxes = np.array([truth['annotations'][i]['bbox'] for i in r], float)
+        boxes = np.array([coco_gt['annotations'][i]['bbox'] for i in r], float)
         iou = coco_mask.iou(boxes, boxes, [0] * len(r))
         np.fill_diagonal(iou, 0)
         overlap[r], company[r] = iou.max(1), len(r)
     bins = np.digitize(overlap, [0.1, 0.3, 0.5], right=True)
-    E = judge(truth, detections, bins)
-    table = {BINS[b]: dict(figures(E, a=b), objects=int((bins[company > 0] == b).sum())) for b in range(4)}
+    E = run_cocoeval(coco_gt, detections, bins)
+    table = {BINS[b]: dict(mean_figures(E, a=b), objects=int((bins[company > 0] == b).sum())) for b in range(4)}
     crowded = {image for image, r in rows.items() if len(r) > 20}
-    there = dict(truth, annotations=[a for a in truth['annotations'] if a['image_id'] in crowded])
-    E = judge(there, detections[np.isin(detections[:, 0], list(crowded))])
-    return table | {BINS[4]: dict(figures(E), objects=int((company > 20).sum()))}
+    there = dict(coco_gt, annotations=[a for a in coco_gt['annotations'] if a['image_id'] in crowded])
+    E = run_cocoeval(there, detections[np.isin(detections[:, 0], list(crowded))])
+    return table | {BINS[4]: dict(mean_figures(E), objects=int((company > 20).sum()))}
 
 
-def confusion(truth, detections, conf=0.25):
+def confusion(coco_gt, detections, conf=0.25):
     """(K + 1, K + 1) counts at IoU 0.5: row what it is, column what it was called; the last of each is "nothing"."""
-    detections, position = detections[detections[:, 5] >= conf], {c['id']: k for k, c in enumerate(truth['categories'])}
-    is_, called = [position[a['category_id']] for a in truth['annotations']], [position[kind] for kind in detections[:, 6]]
+    detections, position = detections[detections[:, 5] >= conf], {c['id']: k for k, c in enumerate(coco_gt['categories'])}
+    is_, called = [position[a['category_id']] for a in coco_gt['annotations']], [position[kind] for kind in detections[:, 6]]
     with contextlib.redirect_stdout(io.StringIO()):
-        E = compare(truth['annotations'], detections, useCats=0, iouThrs=np.array([0.5]), maxDets=[1000], areaRng=[[0, 1e10]], catIds=list(position))
+        E = match_detections(coco_gt['annotations'], detections, useCats=0, iouThrs=np.array([0.5]), maxDets=[1000], areaRng=[[0, 1e10]], catIds=list(position))
     matrix = np.zeros((len(position) + 1, len(position) + 1), int)
     for e in filter(None, E.evalImgs):                               # what meets a crowd region is neither right nor wrong
         for i, match, ignored in zip(e['dtIds'], e['dtMatches'][0], e['dtIgnore'][0], strict=True):
@@ -368,13 +368,13 @@ def confusion(truth, detections, conf=0.25):
     return matrix
 
 
-def duplicates(truth, detections, conf=0.25):
+def duplicates(coco_gt, detections, conf=0.25):
     """
     Detections per object beyond the first: those of score >= conf that overlap an object of their class by IoU >= 0.5,
     each counted for the object it overlaps most. Without suppression this is what NMS would have had to remove.
     """
-    detections, boxes, found = detections[detections[:, 5] >= conf], collections.defaultdict(list), 0
-    for a in truth['annotations']:
+    detections, boxes, extra = detections[detections[:, 5] >= conf], collections.defaultdict(list), 0
+    for a in coco_gt['annotations']:
         if not a['iscrowd']:
             boxes[a['image_id'], a['category_id']].append(a['bbox'])
     for (image, kind), theirs in boxes.items():
@@ -382,28 +382,28 @@ def duplicates(truth, detections, conf=0.25):
         if len(mine):
             iou = coco_mask.iou(mine, np.array(theirs, float), [0] * len(theirs))     # (detections, objects)
             count = np.bincount(iou.argmax(1)[iou.max(1) >= 0.5], minlength=len(theirs))
-            found += (count - 1).clip(0).sum()
-    return round(float(found / max(1, sum(map(len, boxes.values())))), 4)
+            extra += (count - 1).clip(0).sum()
+    return round(float(extra / max(1, sum(map(len, boxes.values())))), 4)
 
 
-def draw(E, truth, detections, folder):
+def draw_plots(E, coco_gt, detections, folder):
     """precision_recall.png and confusion.png"""
     try:
         from matplotlib.figure import Figure  # without pyplot: no window, no global state
     except ImportError:
         raise InputError('--plots=True needs matplotlib: pip install matplotlib') from None
-    table = {name: row for name, row in per_class(E, truth).items() if row['AP50'] is not None}
+    table = {name: row for name, row in per_class(E, coco_gt).items() if row['AP50'] is not None}
     curves = E.eval['precision'][0, :, :, 0, -1]                     # (101, K) at IoU 0.5
     curves = curves[:, curves[0] > -1]
     ax = (figure := Figure((7, 5), layout='constrained')).subplots()
     for (name, row), curve in zip(table.items(), curves.T, strict=True):
         ax.plot(E.params.recThrs, curve, lw=1.2, **dict(label=f'{name} {row["AP50"]:.3f}') if len(table) <= 12 else dict(color='0.8'))
-    ax.plot(E.params.recThrs, curves.mean(1), 'k', lw=2.5, label=f'all {figures(E)["AP50"] or 0:.3f}')
+    ax.plot(E.params.recThrs, curves.mean(1), 'k', lw=2.5, label=f'all {mean_figures(E)["AP50"] or 0:.3f}')
     ax.legend(title='AP50', loc='lower left')
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.02), title='precision and recall at IoU 0.5')
     figure.savefig(os.path.join(folder, 'precision_recall.png'), dpi=120)
 
-    matrix, names = confusion(truth, detections), [c['name'] for c in truth['categories']]
+    matrix, names = confusion(coco_gt, detections), [c['name'] for c in coco_gt['categories']]
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)     # of what is there, how much is called what
     side = min(4 + 0.35 * len(names), 24)
     ax = (figure := Figure((side + 1, side), layout='constrained')).subplots()
@@ -417,7 +417,7 @@ def draw(E, truth, detections, folder):
     figure.savefig(os.path.join(folder, 'confusion.png'), dpi=120)
 
 
-def read_detections(path, truth):
+def read_detections(path, coco_gt):
     """A COCO results file, [{image_id, category_id, bbox, score}, ...] -> (n, 7) as of `find`."""
     try:
         with open(path, encoding='utf-8') as f:
@@ -428,7 +428,7 @@ def read_detections(path, truth):
     except (ValueError, TypeError, KeyError) as e:
         raise InputError(f'{path} must be a list of COCO results, each with image_id, category_id, bbox [x, y, w, h] and score; '
                          f'this one has another form ({type(e).__name__}: {e})') from None
-    for column, what, known in ((0, 'image', truth['images']), (6, 'category', truth['categories'])):
+    for column, what, known in ((0, 'image', coco_gt['images']), (6, 'category', coco_gt['categories'])):
         strange = set(table[:, column]) - {item['id'] for item in known}
         if strange:
             raise InputError(f'{path} belongs to another set than --data: {len(strange)} of its {what} ids are not there, such as {min(strange):.0f}')
@@ -448,17 +448,17 @@ def main():
         raise InputError('no ground truth given: add --data=path/val.json, or a YOLO folder')
     model = None if from_json else load_model(weights, device, fuse, **dict(attn=attn) if attn else {})
     if from_json and data.endswith('.json'):                          # no image is needed
-        dataset, truth = None, ground_truth(read_coco(data))
+        dataset, coco_gt = None, ground_truth(read_coco(data))
     else:
         dataset = open_data(data, model.names if model else (), images)
-        truth = dataset.coco()
+        coco_gt = dataset.coco()
     folder, speed = out_dir or 'out/eval' * plots, {}
     ious = nms_iou if isinstance(nms_iou, tuple) and not from_json else (nms_iou,)
-    for kind, (count, example) in dataset.problems.items() if dataset else ():
+    for kind, (count, example) in dataset.issues.items() if dataset else ():
         if kind.startswith('image'):
             print(f'warning: {count} x {kind}, whose objects count as missed, such as {example}', file=sys.stderr)
     if from_json:
-        tables = [read_detections(from_json, truth)]
+        tables = [read_detections(from_json, coco_gt)]
     else:
         if list(model.names) != list(dataset.names):
             print(f"warning: the model's classes are {', '.join(model.names[:5])}, the data's {', '.join(dataset.names[:5])}", file=sys.stderr)
@@ -466,28 +466,28 @@ def main():
             print('warning: --nms=False on a model without a one-to-one head: its duplicates stay and count as false', file=sys.stderr)
         if getattr(model, 'ends_in_nms', False):
             print(f'warning: NMS is inside the file, beyond the settings here, and AP lacks what scores below its {model.conf}', file=sys.stderr)
-        tables, clock = find(model, dataset, imgsz, batch_size, rect, conf, ious, max_det, dtype, device, nms=nms, antialias=antialias)
-        there = [c['id'] for c in truth['categories']]
+        tables, clock = predict_dataset(model, dataset, imgsz, batch_size, rect, conf, ious, max_det, dtype, device, nms=nms, antialias=antialias)
+        there = [c['id'] for c in coco_gt['categories']]
         tables = [table[np.isin(table[:, 6], there)] for table in tables]             # classes that the set does not know
         speed = dict(images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2))
         parts = ', '.join(f'{part} {clock["images"] / (clock[part] + 1e-9):.0f}' for part in ('load', 'network', 'nms'))
         print(f'{speed["images"]} images, {speed["images_per_s"]} images/s; each part alone: {parts} images/s (loading runs beside the others)')
-    verdicts = [judge(truth, table) for table in tables]
-    numbers = [twelve(E) for E in verdicts]
+    evaluations = [run_cocoeval(coco_gt, table) for table in tables]
+    numbers = [coco_summary(E) for E in evaluations]
     best = max(range(len(tables)), key=lambda i: numbers[i]['AP'] or 0)
-    E, table, summary = verdicts[best], tables[best], numbers[best] | speed
+    E, table, summary = evaluations[best], tables[best], numbers[best] | speed
     if summary['AP'] is None or not len(table):
         print('the ground truth has no objects: there is no AP' if summary['AP'] is None else 'no detections at all: AP is 0')
     if len(ious) > 1:
         summary |= dict(nms_iou=ious[best], sweep={iou: one['AP'] for iou, one in zip(ious, numbers, strict=True)})
         show('NMS IoU', {str(iou): {key: one[key] for key in ('AP', 'AP50', 'AP75', 'AR100')} for iou, one in zip(ious, numbers, strict=True)})
     if by_class:
-        summary['by_class'] = per_class(E, truth)
+        summary['by_class'] = per_class(E, coco_gt)
         show('class', summary['by_class'])
     if occlusion:
-        summary['occlusion'] = under_occlusion(truth, table)
+        summary['occlusion'] = under_occlusion(coco_gt, table)
         show('overlap with another object', summary['occlusion'])
-    summary['duplicates'] = duplicates(truth, table)
+    summary['duplicates'] = duplicates(coco_gt, table)
     print(f'\nduplicates: {summary["duplicates"]:.3f} per object at score 0.25')
     if folder:
         os.makedirs(folder, exist_ok=True)
@@ -495,7 +495,7 @@ def main():
             json.dump([dict(image_id=int(i), category_id=int(kind), bbox=[round(v, 3) for v in box], score=round(score, 6))
                        for i, *box, score, kind in table.tolist()], f)
     if plots:
-        draw(E, truth, table, folder)
+        draw_plots(E, coco_gt, table, folder)
     print(json.dumps(summary))
 
 

@@ -124,13 +124,13 @@ def prepare(model, imgsz, dynamic, precision, how):
         raise InputError(f'--dynamic=True takes sides of 64 and more and k as a count, got {H}x{W} and k={cfg.k}: use --dynamic=False')
     network = Exported(copy.deepcopy(model).half() if precision == 'fp16' else model, **how).eval()
     free = {0: torch.export.Dim('batch'), 2: 32 * torch.export.Dim('h'), 3: 32 * torch.export.Dim('w')}        # traced with 2 images: 1 is a constant
-    about = dict(
+    metadata = dict(
         names=json.dumps(model.names), num_classes=cfg.num_classes, stride=32, imgsz=json.dumps([H, W]), precision=precision, one2one=network.one2one,
         model=f'HSV-DET-{cfg.scale} attn={cfg.attn} k={cfg.k} select={cfg.select}',
         preprocessing='RGB, scaled with antialiasing to fit (H, W) with its aspect kept, centred on grey 114, divided by 255; (B, 3, H, W) float32',
         boxes='x1, y1, x2, y2 in pixels of the network input; in the picture (x - left) / scale, (y - top) / scale')
-    about |= dict(conf=network.conf, iou=network.iou, max_det=network.max_det, multi_label=network.multi_label) if network.nms else {}
-    return network, (torch.rand(1 + dynamic, 3, H, W),), (free,) if dynamic else None, {name: str(value) for name, value in about.items()}
+    metadata |= dict(conf=network.conf, iou=network.iou, max_det=network.max_det, multi_label=network.multi_label) if network.nms else {}
+    return network, (torch.rand(1 + dynamic, 3, H, W),), (free,) if dynamic else None, {name: str(value) for name, value in metadata.items()}
 
 
 def export_onnx(model, path, imgsz, dynamic=False, precision='fp32', **how):
@@ -139,7 +139,7 @@ def export_onnx(model, path, imgsz, dynamic=False, precision='fp32', **how):
     if missing:
         raise InputError(f'ONNX needs what is not installed: pip install {" ".join(missing)}')
     logging.getLogger('torch.onnx._internal.exporter._registration').setLevel(logging.ERROR)      # it misses torchvision, we do not
-    network, example, free, about = prepare(model, imgsz, dynamic, precision, how)
+    network, example, free, metadata = prepare(model, imgsz, dynamic, precision, how)
     program = torch.onnx.export(
         network, example, dynamo=True, opset_version=18, dynamic_shapes=free, verbose=False, input_names=['images'], output_names=['detections']
         if network.nms else ['boxes', 'scores'], custom_translation_table={torch.ops.hsvdet.suppress.default: onnx_suppress})
@@ -147,7 +147,7 @@ def export_onnx(model, path, imgsz, dynamic=False, precision='fp32', **how):
         scopes = ast.literal_eval(node.metadata_props.get('pkg.torch.onnx.name_scopes', '[]'))
         scope = next((s for s in reversed(scopes) if s.startswith('model.')), 'model.after')
         node.name = f'{scope[6:].replace(".", "/")}/{node.name}'
-    program.model.metadata_props.update(about)
+    program.model.metadata_props.update(metadata)
     program.save(path, external_data=False)
     return network
 
@@ -169,8 +169,8 @@ def quantise(path, arrays, symmetric=False):
 
 def export_torch(model, path, imgsz, dynamic=False, precision='fp32', **how):
     """The same as a torch.export program, its metadata the extra file about.json."""
-    network, example, free, about = prepare(model, imgsz, dynamic, precision, how)
-    torch.export.save(torch.export.export(network, example, dynamic_shapes=free), path, extra_files={'about.json': json.dumps(about)})
+    network, example, free, metadata = prepare(model, imgsz, dynamic, precision, how)
+    torch.export.save(torch.export.export(network, example, dynamic_shapes=free), path, extra_files={'about.json': json.dumps(metadata)})
     return network
 
 

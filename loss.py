@@ -30,43 +30,43 @@ def box_iou(a, b):
     return intersection / (area_a[:, None] + area_b[None] - intersection).clamp_(min=1e-12)
 
 
-def overlap(a, b, kind='iou', eps=1e-7):
+def bbox_iou(a, b, kind='iou', eps=1e-7):
     """
     Elementwise IoU, GIoU or CIoU of a and b, both (..., 4) -> (...).
 
-    IoU says nothing about boxes that do not touch. GIoU subtracts the share of the hull that neither covers. CIoU
-    subtracts the squared distance of the centres over the squared diagonal of the hull, and a penalty for another
+    IoU says nothing about boxes that do not touch. GIoU subtracts the share of the enclosing box that neither covers. CIoU
+    subtracts the squared distance of the centres over the squared diagonal of the enclosing box, and a penalty for another
     aspect ratio, weighted by how much the boxes already overlap (a weight that is not differentiated).
     """
     ax1, ay1, ax2, ay2 = a.unbind(-1)
     bx1, by1, bx2, by2 = b.unbind(-1)
     aw, ah, bw, bh = ax2 - ax1, ay2 - ay1, bx2 - bx1, by2 - by1
-    shared = ((torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    intersection = ((torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
               * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0))
-    union = aw * ah + bw * bh - shared + eps
-    iou = shared / union
+    union = aw * ah + bw * bh - intersection + eps
+    iou = intersection / union
     if kind == 'iou':
         return iou
-    hull_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
-    hull_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
+    enclosing_w = torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)
+    enclosing_h = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
     if kind == 'giou':
-        hull = hull_w * hull_h + eps
-        return iou - (hull - union) / hull
+        enclosing_area = enclosing_w * enclosing_h + eps
+        return iou - (enclosing_area - union) / enclosing_area
     distance = ((ax1 + ax2 - bx1 - bx2) / 2) ** 2 + ((ay1 + ay2 - by1 - by2) / 2) ** 2
     angle = torch.atan2(aw, ah.clamp(min=eps)) - torch.atan2(bw, bh.clamp(min=eps))   # of the diagonals, 0 to pi / 2 each
     shape = (angle * 2 / math.pi) ** 2
     weight = (shape / (1 - iou + shape + eps)).detach()
-    return iou - distance / (hull_w.square() + hull_h.square() + eps) - weight * shape
+    return iou - distance / (enclosing_w.square() + enclosing_h.square() + eps) - weight * shape
 
 
 def ciou(a, b):
     """Elementwise Complete IoU of a and b, both (..., 4) -> (...), at most 1."""
-    return overlap(a, b, 'ciou')
+    return bbox_iou(a, b, 'ciou')
 
 
 # --- points and sides ------------------------------------------------------------------------------------------------
 
-def make_points(maps, strides=(8, 16, 32)):
+def make_anchor_points(maps, strides=(8, 16, 32)):
     """The centres of all cells in pixels, points (A, 2) as x, y and their stride (A, 1): P3, P4, P5 in row order."""
     points, sizes = [], []
     for m, s in zip(maps, strides, strict=True):
@@ -84,7 +84,7 @@ def flatten_maps(maps):
     return rows[..., :64], rows[..., 64:]
 
 
-def sides_to_boxes(sides, points, strides):
+def decode_boxes(sides, points, strides):
     """
     sides (..., A, 64) logits, four sides (left, top, right, bottom) x 16 bins; points (A, 2), strides (A, 1) in pixels
     -> boxes (..., A, 4) xyxy. A side's length is the expectation over its bins, 0 to 15 strides.
@@ -112,16 +112,16 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
     image, slot = (gt_labels >= 0).nonzero(as_tuple=True)                             # (G,) each
     label, box = gt_labels[image, slot], gt_boxes[image, slot].to(boxes.dtype)        # (G,), (G, 4)
     G = len(image)
-    owner = torch.full((B, A), -1, dtype=torch.long, device=scores.device)
+    assigned_gt_idx = torch.full((B, A), -1, dtype=torch.long, device=scores.device)
     target_scores = torch.zeros(B, A, K, dtype=scores.dtype, device=scores.device)
     if G == 0:
-        return owner, target_scores
+        return assigned_gt_idx, target_scores
     scores, boxes = scores.reshape(-1, K), boxes.reshape(-1, 4)                       # (B * A, K), (B * A, 4)
 
     # 1) an object bids for the points inside its box: bid = score^alpha * CIoU^beta; its topk best bids are its claims
-    claims = torch.zeros(B * A, dtype=torch.long, device=scores.device)               # how many objects claim this point
-    claimant = torch.zeros_like(claims)                                               # one of them (it, if it is the only one)
-    best = torch.full_like(claims, -1)                                                # who overlaps this point's box most
+    num_claims = torch.zeros(B * A, dtype=torch.long, device=scores.device)               # how many objects claim this point
+    claiming_gt = torch.zeros_like(num_claims)                                               # one of them (it, if it is the only one)
+    best = torch.full_like(num_claims, -1)                                                # who overlaps this point's box most
     step = max(1, budget // A)
     for first in range(0, G, step):
         g = slice(first, first + step)
@@ -130,31 +130,31 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
         o, a = inside.nonzero(as_tuple=True)                                          # (P,) object-point pairs
         at = image[g][o] * A + a                                                      # (P,) the point in its batch
         iou = ciou(box[g][o], boxes[at]).clamp_(min=0)                    # (P,)
-        bid = scores[at, label[g][o]] ** alpha * iou ** beta
-        bids = torch.zeros(inside.shape, dtype=bid.dtype, device=bid.device)          # (g, A)
-        bids[o, a] = bid
-        top, point = bids.topk(min(topk, A), 1)                                       # (g, topk)
+        alignment_metric = scores[at, label[g][o]] ** alpha * iou ** beta
+        metrics = torch.zeros(inside.shape, dtype=alignment_metric.dtype, device=alignment_metric.device)          # (g, A)
+        metrics[o, a] = alignment_metric
+        top, point = metrics.topk(min(topk, A), 1)                                       # (g, topk)
         rank, place = (top > 0).nonzero(as_tuple=True)                                # no bid, no claim
-        at_claim = image[g][rank] * A + point[rank, place]
-        claims.index_add_(0, at_claim, torch.ones_like(at_claim))
-        claimant[at_claim] = rank + first
+        claimed = image[g][rank] * A + point[rank, place]
+        num_claims.index_add_(0, claimed, torch.ones_like(claimed))
+        claiming_gt[claimed] = rank + first
         # the IoU's bits order like the IoU; with the object below them, one maximum finds the best and, of equals, the first
         key = (iou.float().view(torch.int32).long() << 32) + (G - 1 - first - o)
         best.scatter_reduce_(0, at, key, 'amax')
 
     # 2) a point claimed by several goes to the object with the highest IoU among all that contain it
-    mine = torch.where(claims > 1, G - 1 - (best & 0xffffffff), claimant)             # (B * A,) into the list of G
-    at = claims.nonzero()[:, 0]                                                       # (F,) foreground points
+    mine = torch.where(num_claims > 1, G - 1 - (best & 0xffffffff), claiming_gt)             # (B * A,) into the list of G
+    at = num_claims.nonzero()[:, 0]                                                       # (F,) foreground points
     mine = mine[at]
-    owner.view(-1)[at] = slot[mine]
+    assigned_gt_idx.view(-1)[at] = slot[mine]
 
     # 3) soft targets: an object's best point gets its IoU as target, the others in proportion to their bids
     iou = ciou(box[mine], boxes[at]).clamp_(min=0)                        # (F,)
-    bid = scores[at, label[mine]] ** alpha * iou ** beta
-    max_bid = torch.zeros(G, dtype=bid.dtype, device=bid.device).scatter_reduce_(0, mine, bid, 'amax')
-    max_iou = torch.zeros_like(max_bid).scatter_reduce_(0, mine, iou, 'amax')
-    target_scores.view(-1, K)[at, label[mine]] = bid * max_iou[mine] / (max_bid[mine] + eps)
-    return owner, target_scores
+    alignment_metric = scores[at, label[mine]] ** alpha * iou ** beta
+    max_metric = torch.zeros(G, dtype=alignment_metric.dtype, device=alignment_metric.device).scatter_reduce_(0, mine, alignment_metric, 'amax')
+    max_iou = torch.zeros_like(max_metric).scatter_reduce_(0, mine, iou, 'amax')
+    target_scores.view(-1, K)[at, label[mine]] = alignment_metric * max_iou[mine] / (max_metric[mine] + eps)
+    return assigned_gt_idx, target_scores
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -174,33 +174,33 @@ def dfl(sides, length):
     return -(at_low * (low + 1 - length) + at_high * (length - low)).mean(1)
 
 
-def detection_loss(maps, targets, gains=(7.5, 0.5, 1.5), topk=10, reduce=True):
+def detection_loss(maps, targets, loss_weights=(7.5, 0.5, 1.5), topk=10, reduce=True):
     """
     maps: three raw tensors (B, 64 + K, H, W) at strides 8, 16, 32; targets: dict(labels=(B, M), boxes=(B, M, 4)).
-    -> dict(box=, cls=, dfl=): scalars, weighted by `gains`, that sum to the loss.
+    -> dict(box=, cls=, dfl=): scalars, weighted by `loss_weights`, that sum to the loss.
 
-    Each is divided by the sum of the target scores (at least 1). With reduce=False they are plain sums, and 'total' is
+    Each is divided by the sum of the target scores (at least 1). With reduce=False they are plain sums, and 'normalizer' is
     that divisor: sums over micro-batches and ranks can then be divided once, by the divisor of the whole batch, which
     no part of it knows alone. An image or batch without objects keeps the graph: its box terms are sums over nothing.
     """
     sides, logits = flatten_maps(maps)                                                # (B, A, 64), (B, A, K)
-    points, strides = make_points(maps)                                               # (A, 2), (A, 1)
+    points, strides = make_anchor_points(maps)                                               # (A, 2), (A, 1)
     labels, gt_boxes = targets['labels'], targets['boxes'].to(sides.dtype)
     with torch.no_grad():
-        boxes = sides_to_boxes(sides, points, strides)                                # (B, A, 4)
-    owner, target_scores = assign(logits.detach().sigmoid(), boxes, points, labels, gt_boxes, topk)
+        boxes = decode_boxes(sides, points, strides)                                # (B, A, 4)
+    assigned_gt_idx, target_scores = assign(logits.detach().sigmoid(), boxes, points, labels, gt_boxes, topk)
 
-    b, a = (owner >= 0).nonzero(as_tuple=True)                                        # (F,) foreground points
+    b, a = (assigned_gt_idx >= 0).nonzero(as_tuple=True)                                        # (F,) foreground points
     weight = target_scores[b, a].sum(1)                                               # (F,)
-    gt = gt_boxes[b, owner[b, a]]                                                     # (F, 4)
+    gt = gt_boxes[b, assigned_gt_idx[b, a]]                                                     # (F, 4)
     mine = sides[b, a]                                                                # (F, 64)
-    box_loss = ((1 - ciou(sides_to_boxes(mine, points[a], strides[a]), gt)) * weight).sum()
+    box_loss = ((1 - ciou(decode_boxes(mine, points[a], strides[a]), gt)) * weight).sum()
     length = torch.cat((points[a] - gt[:, :2], gt[:, 2:] - points[a]), 1) / strides[a]
     dfl_loss = (dfl(mine.unflatten(1, (4, 16)), length) * weight).sum()
     cls_loss = F.binary_cross_entropy_with_logits(logits, target_scores, reduction='sum')
 
-    losses = dict(box=gains[0] * box_loss, cls=gains[1] * cls_loss, dfl=gains[2] * dfl_loss)
-    total = target_scores.sum()
+    losses = dict(box=loss_weights[0] * box_loss, cls=loss_weights[1] * cls_loss, dfl=loss_weights[2] * dfl_loss)
+    normalizer = target_scores.sum()
     if not reduce:
-        return {**losses, 'total': total}
-    return {name: value / total.clamp(min=1) for name, value in losses.items()}
+        return {**losses, 'normalizer': normalizer}
+    return {name: value / normalizer.clamp(min=1) for name, value in losses.items()}

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import InputError
-from loss import detection_loss, flatten_maps, make_points, sides_to_boxes
+from loss import decode_boxes, detection_loss, flatten_maps, make_anchor_points
 from sparse_attention import SparseGlobalBlockGated
 
 torch.backends.cudnn.allow_tf32 = False                            # on a GPU float32 means float32, also in convolutions
@@ -144,7 +144,7 @@ class Concat(nn.Module):
         return torch.cat(maps, 1)
 
 
-def branch(c_in, c, c_out):
+def head_branch(c_in, c, c_out):
     return nn.Sequential(Conv(c_in, c, 3), Conv(c, c, 3), nn.Conv2d(c, c_out, 1))
 
 
@@ -157,8 +157,8 @@ class Detect(nn.Module):
     def __init__(self, channels, K):
         super().__init__()
         c_box, c_cls = max(16, channels[0] // 4, 64), max(channels[0], min(K, 100))
-        self.box = nn.ModuleList(branch(c, c_box, 64) for c in channels)
-        self.cls = nn.ModuleList(branch(c, c_cls, K) for c in channels)
+        self.box = nn.ModuleList(head_branch(c, c_box, 64) for c in channels)
+        self.cls = nn.ModuleList(head_branch(c, c_cls, K) for c in channels)
         # 0..15: what a bin stands for. It never trains; a parameter because the published counts include these 16
         self.bins = nn.Parameter(torch.arange(16.0), requires_grad=False)
         for stride, box, cls in zip((8, 16, 32), self.box, self.cls, strict=True):
@@ -189,7 +189,7 @@ def nms(boxes, scores, labels, iou_threshold, max_det=300):
     kept = order.new_zeros(0)                                                         # positions in the sorted list
     block, first = 256, 0
 
-    def hits(a, b):
+    def suppresses(a, b):
         """(len(a), len(b)): does box a suppress box b? inter / union > t, written without a division."""
         inter = (torch.minimum(boxes[a, None, 2:], boxes[None, b, 2:]) - torch.maximum(boxes[a, None, :2], boxes[None, b, :2])).clamp_(min=0).prod(2)
         return (inter > iou_threshold * (area[a, None] + area[None, b] - inter)) & (labels[a, None] == labels[None, b])
@@ -197,10 +197,10 @@ def nms(boxes, scores, labels, iou_threshold, max_det=300):
     while first < len(order) and len(kept) < max_det:
         new = torch.arange(first, min(first + block, len(order)), device=boxes.device)
         if len(kept):
-            new = new[~hits(kept, new).any(0)]
+            new = new[~suppresses(kept, new).any(0)]
         # Greedy on a matrix: a candidate stays unless one that stays hits it. Start with "all stay" and repeat. After t
         # rounds the best t have their final answer, so this ends, and in practice within a few rounds.
-        m = hits(new, new).triu_(1)
+        m = suppresses(new, new).triu_(1)
         stay = torch.ones(len(new), dtype=torch.bool, device=boxes.device)
         while True:
             again = ~(m & stay[:, None]).any(0)
@@ -321,32 +321,32 @@ class HSVDET(nn.Module):
         """The sparse blocks there are, by level: dict(p4=..., p5=...)."""
         return {f'p{i}': block for i in (3, 4, 5) if (block := getattr(self, f'block{i}')) is not None}
 
-    def run(self, layer, *x):
+    def run_layer(self, layer, *x):
         """layer(*x), its inner activations forgotten and recomputed in the backward pass when `checkpointing` is set."""
         if not (self.checkpointing and self.training):
             return layer(*x)
-        return checkpoint(layer, *x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), still_statistics(layer)))
+        return checkpoint(layer, *x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), freeze_bn_stats(layer)))
 
-    def features(self, x):
+    def forward_features(self, x):
         """images (B, 3, H, W) in 0..1 -> the three maps that the head sees, strides 8, 16, 32."""
-        x = self.run(self.stem, x)
-        p2 = self.run(self.stage2, self.run(self.down2, x))
-        p3 = self.run(self.stage3, self.run(self.down3, p2))
-        p4 = self.run(self.stage4, self.run(self.down4, p3))
-        p5 = self.run(self.stage5, self.run(self.down5, p4))
-        p5 = self.run(self.sppf, p5)
+        x = self.run_layer(self.stem, x)
+        p2 = self.run_layer(self.stage2, self.run_layer(self.down2, x))
+        p3 = self.run_layer(self.stage3, self.run_layer(self.down3, p2))
+        p4 = self.run_layer(self.stage4, self.run_layer(self.down4, p3))
+        p5 = self.run_layer(self.stage5, self.run_layer(self.down5, p4))
+        p5 = self.run_layer(self.sppf, p5)
         if self.block5 is not None:
             p5 = self.block5(p5)
         # top-down: what is far up and knows what things are tells those below, which know where they are
-        n4 = self.run(self.fpn4, self.cat4(self.up4(p5), p4))
+        n4 = self.run_layer(self.fpn4, self.cat4(self.up4(p5), p4))
         if self.block4 is not None:
             n4 = self.block4(n4)
-        n3 = self.run(self.fpn3, self.cat3(self.up3(n4), p3))
+        n3 = self.run_layer(self.fpn3, self.cat3(self.up3(n4), p3))
         if self.block3 is not None:
             n3 = self.block3(n3)
         # bottom-up: and back again
-        m4 = self.run(self.pan4, self.pan_cat4(self.run(self.pan_down4, n3), n4))
-        m5 = self.run(self.pan5, self.pan_cat5(self.run(self.pan_down5, m4), p5))
+        m4 = self.run_layer(self.pan4, self.pan_cat4(self.run_layer(self.pan_down4, n3), n4))
+        m5 = self.run_layer(self.pan5, self.pan_cat5(self.run_layer(self.pan_down5, m4), p5))
         return n3, m4, m5
 
     def forward(self, images, targets=None, reduce=True, one2one=False):
@@ -359,16 +359,16 @@ class HSVDET(nn.Module):
         """
         H, W = images.shape[2:]
         assert H % 32 == 0 and W % 32 == 0, f'image sides must be multiples of 32, got {H}x{W}'
-        features = self.features(images)
+        features = self.forward_features(images)
         if targets is None:
             head = self.one2one_head if one2one else self.detect_head
-            return self.run(head, *features), {}
-        maps = self.run(self.detect_head, *features)
+            return self.run_layer(head, *features), {}
+        maps = self.run_layer(self.detect_head, *features)
         with torch.autocast(images.device.type, enabled=False):
             losses = detection_loss(maps, targets, reduce=reduce)
         if self.one2one_head is not None:
             # it learns from the same features without shaping them, and one point alone answers for each object
-            single = self.run(self.one2one_head, *(f.detach() for f in features))
+            single = self.run_layer(self.one2one_head, *(f.detach() for f in features))
             with torch.autocast(images.device.type, enabled=False):
                 more = detection_loss(single, targets, topk=1, reduce=reduce)
             losses.update({f'one2one_{name}': value for name, value in more.items()})
@@ -378,7 +378,7 @@ class HSVDET(nn.Module):
     def decode(self, maps):
         """Raw maps -> boxes (B, A, 4) xyxy in input pixels, scores (B, A, K) probabilities, in float32."""
         sides, logits = flatten_maps(maps)
-        return sides_to_boxes(sides, *make_points(maps)), logits.sigmoid()
+        return decode_boxes(sides, *make_anchor_points(maps)), logits.sigmoid()
 
     @torch.no_grad()
     def detect(self, images, conf=0.25, iou=0.7, max_det=300, multi_label=False, nms=True):
@@ -404,8 +404,8 @@ class HSVDET(nn.Module):
             if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
                 module.fuse()
         for block in self.blocks().values():
-            if block.heads == 1 and block.folded is None:
-                block.fold()
+            if block.heads == 1 and block.merged is None:
+                block.merge_projections()
         return self.requires_grad_(False)
 
     def param_groups(self, lr, weight_decay, factors=None):
@@ -480,7 +480,7 @@ class HSVDET(nn.Module):
 
 
 @contextlib.contextmanager
-def still_statistics(layer):
+def freeze_bn_stats(layer):
     """While a layer is recomputed for the backward pass its BatchNorms must not count the batch a second time."""
     norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     momenta = [m.momentum for m in norms]
@@ -496,7 +496,7 @@ def still_statistics(layer):
 
 # --- foreign checkpoints ---------------------------------------------------------------------------------------------
 
-class Inert:
+class StubClass:
     """Stands in for every class of a foreign pickle: keeps what it is given and does nothing with it."""
 
     def __new__(cls, *args, **kwargs):
@@ -519,7 +519,7 @@ class Inert:
         pass
 
 
-class TensorsOnly(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
     """An unpickler that builds tensors and plain containers; the classes a YOLO file is known to name become Inert,
     and any other name, which is where code would come from, is refused. (The storages, torch.HalfStorage and such, are
     markers of a dtype that torch.load resolves itself.)"""
@@ -537,7 +537,7 @@ class TensorsOnly(pickle.Unpickler):
         if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module.split('.')[0] in ('ultralytics', 'models', 'utils') or module.startswith('torch.nn.modules.'):
-            return type(name, (Inert,), {})
+            return type(name, (StubClass,), {})
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
 
 
@@ -557,7 +557,7 @@ def read_checkpoint(path):
         raise InputError(f'{path} is a folder: give the checkpoint in it, such as {path}/best.pt') from None
     except (zipfile.BadZipFile, OSError, EOFError) as e:
         raise InputError(f'{path} is not a complete checkpoint ({e}): the download or the write broke off, fetch it again') from None
-    careful = types.SimpleNamespace(Unpickler=TensorsOnly, load=None, __name__='pickle')
+    careful = types.SimpleNamespace(Unpickler=RestrictedUnpickler, load=None, __name__='pickle')
     try:
         try:
             saved = torch.load(path, map_location='cpu', weights_only=True)
@@ -627,7 +627,7 @@ def layer_table(cfg, H, W):
     params = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
     for block in model.blocks().values():                                             # FLOPs are those of the inference form
         if block.heads == 1:
-            block.fold()
+            block.merge_projections()
     rows = []
 
     def hook(module, inputs, output, name):

@@ -10,7 +10,7 @@ and adds it to its input through a gate that starts at 0, so that a pretrained n
     3  scatter  start from v everywhere, overwrite the selected tokens with A v, apply one more linear map `out`
     4  gate     y = x + gate * block(x)
 
-`plain` is that text in code: read it first, and trust the rest because tests/test_sparse_attention.py holds it equal.
+`forward_reference` is that text in code: read it first, and trust the rest because tests/test_sparse_attention.py holds it equal.
 
 What it costs. The attention products take 4 k^2 c FLOPs, which does not grow with the image. The four maps of the
 definition take 8 N c^2, which does: at P4 of a 1080p image (N = 8,160, c = 512) 17.1 GFLOPs of projections stand
@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def island(x):
+def autocast_off(x):
     """The float32 island: inside, autocast touches nothing, whatever surrounds it. (Meta tensors know no autocast.)"""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
@@ -65,7 +65,7 @@ def sincos_2d(H, W, c, device):
     return torch.cat((y.sin(), y.cos(), x.sin(), x.cos()), 1)                         # (N, c)
 
 
-def largest(importance, k):
+def stable_topk(importance, k):
     """
     Indices (B, k) of the k largest of importance (B, N) float32; of equals the one with the lower index wins.
 
@@ -106,17 +106,17 @@ class SparseGlobalBlock(nn.Module):
         self.out_proj = nn.Conv2d(c, c, 1, bias=False)
         if select == 'learned':
             self.score = nn.Linear(c, 1)
-        self.folded = None                                                            # see fold()
+        self.merged = None                                                            # see merge_projections()
 
     # --- 1: select -------------------------------------------------------------------------------------------------
 
-    def count(self, N):
+    def num_selected(self, N):
         """How many of N tokens attend. (sym_min, sym_max: N is a symbol in an export with free image sizes.)"""
         if self.k == 0:
             return N
         return torch.sym_max(1, round(self.k * N)) if self.k < 1 else torch.sym_min(self.k, N)
 
-    def choose(self, x):
+    def select_tokens(self, x):
         """
         x (B, C, H, W) -> selected (B, k) row-major cell indices, and the learned scores of those cells (B, k) or None.
 
@@ -124,16 +124,16 @@ class SparseGlobalBlock(nn.Module):
         """
         B, C, H, W = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
-        k = self.count(H * W)
+        k = self.num_selected(H * W)
         if self.select == 'random':                                                   # afresh at every training step, but
             g = None if self.training else torch.Generator().manual_seed(0)           # an evaluation must repeat itself
-            return largest(torch.rand(B, H * W, generator=g).to(x.device), k), None
+            return stable_topk(torch.rand(B, H * W, generator=g).to(x.device), k), None
         if self.select == 'learned':
             s = F.linear(x.flatten(2).transpose(1, 2).to(wide), self.score.weight.to(wide), self.score.bias.to(wide))[..., 0]
-            selected = largest(s.detach().float(), k)
+            selected = stable_topk(s.detach().float(), k)
             return selected, s.gather(1, selected)
         norm = torch.linalg.vector_norm(x.detach().flatten(2), dim=1, dtype=wide)     # (B, N) without a map of squares
-        return largest((norm if self.select == 'l2' else norm.square()).float(), k), None
+        return stable_topk((norm if self.select == 'l2' else norm.square()).float(), k), None
 
     # --- 2, 3: the definition ----------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class SparseGlobalBlock(nn.Module):
         """(B, n, C) -> (B, heads, n, C / heads)"""
         return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-    def plain(self, x):
+    def forward_reference(self, x):
         """The definition, as slow as it reads: four dense maps, then gather, attend, scatter."""
         B, C, H, W = x.shape
         placed = x + sincos_2d(H, W, C, x.device).to(x.dtype).T.view(C, H, W) if self.pos else x
@@ -157,10 +157,10 @@ class SparseGlobalBlock(nn.Module):
         if self.select != 'none':
             q = self.q_proj(placed).flatten(2).transpose(1, 2)                        # (B, N, C)
             k = self.k_proj(placed).flatten(2).transpose(1, 2)                        # (B, N, C)
-            selected, s = self.choose(x)                                              # (B, k)
+            selected, s = self.select_tokens(x)                                              # (B, k)
             rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
             wide = torch.promote_types(x.dtype, torch.float32)
-            with island(x):
+            with autocast_off(x):
                 q, k, v_sel = (t.gather(1, rows).to(wide) for t in (q, k, v))
                 attended = (self.weights(q, k) @ self.split(v_sel)).transpose(1, 2).flatten(2)        # (B, k, C)
                 if s is not None:
@@ -172,14 +172,14 @@ class SparseGlobalBlock(nn.Module):
 
     def dense_weight(self):
         """W_out W_v, (C, C, 1, 1): the one map that every token goes through. In float32 also under autocast."""
-        if self.folded is not None:
-            return self.folded
-        with island(self.v_proj.weight):
+        if self.merged is not None:
+            return self.merged
+        with autocast_off(self.v_proj.weight):
             return (self.out_proj.weight.flatten(1) @ self.v_proj.weight.flatten(1))[..., None, None]
 
-    def fold(self):
+    def merge_projections(self):
         """Inference form: keep the product, drop its factors. There is no way back to training."""
-        self.folded = nn.Parameter(self.dense_weight().detach(), requires_grad=False)
+        self.merged = nn.Parameter(self.dense_weight().detach(), requires_grad=False)
         del self.v_proj, self.out_proj
         return self
 
@@ -192,31 +192,31 @@ class SparseGlobalBlock(nn.Module):
         x_rows, y_rows = x.flatten(2).transpose(1, 2), y.view(B, C, H * W).transpose(1, 2)            # (B, N, C), the latter a view
         wide = torch.promote_types(x.dtype, torch.float32)
         # nothing to gather when all attend; where N is a symbol only k = 0 says so, for every N
-        everyone = self.select != 'learned' and (self.k == 0 or type(H * W) is int and self.count(H * W) == H * W)
-        if everyone:
+        all_selected = self.select != 'learned' and (self.k == 0 or type(H * W) is int and self.num_selected(H * W) == H * W)
+        if all_selected:
             t, u, s = x_rows, y_rows, None
         else:
-            selected, s = self.choose(x)                                              # (B, k)
+            selected, s = self.select_tokens(x)                                              # (B, k)
             rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
             t, u = x_rows.gather(1, rows), y_rows.gather(1, rows)                     # (B, k, C)
-        with island(x):
+        with autocast_off(x):
             t, u = t.to(wide).contiguous(), u.to(wide).contiguous()                   # rows in one piece, or SDPA builds N x N
             placed = t
             if self.pos:
                 code = sincos_2d(H, W, C, x.device).to(wide)
-                placed = t + (code if everyone else code[selected])
+                placed = t + (code if all_selected else code[selected])
             q = self.split(self.norm_as(F.linear(placed, self.q_proj.weight.flatten(1).to(wide))))
             k = self.split(self.norm_as(F.linear(placed, self.k_proj.weight.flatten(1).to(wide))))
             if self.heads == 1:
                 attended = F.scaled_dot_product_attention(q, k, u[:, None])[:, 0]     # (B, k, C): A (out v)
             else:                           # each head has an A of its own, so `out` comes after them, on k tokens only
-                assert self.folded is None, 'fold() drops v and out, which several heads need apart'
+                assert self.merged is None, 'merge_projections() drops v and out, which several heads need apart'
                 v = F.linear(t, self.v_proj.weight.flatten(1).to(wide))
                 attended = F.scaled_dot_product_attention(q, k, self.split(v)).transpose(1, 2).flatten(2)
                 attended = F.linear(attended, self.head_mix().to(wide))
             if s is not None:
                 attended = u + s.sigmoid()[..., None] * (attended - u)
-        if everyone:
+        if all_selected:
             return attended.to(y.dtype).transpose(1, 2).reshape(B, C, H, W)
         if not torch.is_grad_enabled():                                               # in place: saves a copy of N C numbers
             y_rows.scatter_(1, rows, attended.to(y.dtype))
@@ -231,7 +231,7 @@ class SparseGlobalBlock(nn.Module):
     def attention(self, x):
         """For looking at: selected (B, k) row-major cell indices and the weights (B, heads, k, k) among them."""
         B, C, H, W = x.shape
-        selected = self.choose(x)[0]
+        selected = self.select_tokens(x)[0]
         placed = x.flatten(2).transpose(1, 2).float()                                 # (B, N, C)
         if self.pos:
             placed = placed + sincos_2d(H, W, C, x.device)
@@ -254,13 +254,13 @@ class SparseGlobalBlockGated(SparseGlobalBlock):
         start = {'learned': 0.0, 'fixed': 0.5, 'none': 1.0}[gate]
         self.gate = nn.Parameter(torch.tensor(start), requires_grad=gate == 'learned')
 
-    def plain(self, x):
-        return x + self.gate * super().plain(x)
+    def forward_reference(self, x):
+        return x + self.gate * super().forward_reference(x)
 
     def dense_weight(self):
         """gate W_out W_v. On the weight a gate costs c^2 products and its gradient is a float32 sum over c^2; on the
         output it would cost N c, and an fp16 sum over millions that overflows under loss scaling."""
-        return super().dense_weight() if self.folded is not None else self.gate * super().dense_weight()
+        return super().dense_weight() if self.merged is not None else self.gate * super().dense_weight()
 
     def head_mix(self):
         return self.gate * super().head_mix()

@@ -11,7 +11,7 @@ Train a detector.
 out_dir receives ckpt.pt (everything needed to go on; ckpt_prev.pt is the one before), best.pt (EMA weights of the best
 evaluation), log.csv, curves.png and val_*.jpg. What a new run finds there of an older one it moves to earlier_1, _2, ...
 
-One step is one *effective* batch: batch_size images, over all ranks and `accum` micro-batches. A loss is normalised by
+One step is one *effective* batch: batch_size images, over all ranks and `grad_accum` micro-batches. A loss is normalised by
 the sum of target scores of the whole effective batch, so neither ranks nor accumulation change its gradient. (BatchNorm
 stands apart: its statistics are those of a micro-batch on a rank, unless --freeze_bn or, over ranks, --sync_bn.) Samples are
 numbered through: position p of the run is image order(seed, epoch = p // n)[p % n], augmented as a pure function of
@@ -79,10 +79,10 @@ one2one = False                   # a second head that needs no NMS
 # schedule
 epochs: int | float = 100
 warmup_epochs: int | float = 3    # stage 1
-close_epochs: int | float = 10    # stage 3, the last ones: Mosaic and MixUp off, lr at lr_final
+no_aug_epochs: int | float = 10    # stage 3, the last ones: Mosaic and MixUp off, lr at lr_final
 max_steps = 0                     # > 0: stop here, the schedule unchanged (tests, profiles)
 batch_size = 16                   # images a step, over all ranks and micro-batches
-accum = 1                         # micro-batches a step: less memory, the same gradient
+grad_accum = 1                         # micro-batches a step: less memory, the same gradient
 lr = 1e-3
 lr_final = 1e-5
 optimizer = 'adamw'               # adamw sgd lion
@@ -91,7 +91,7 @@ lr_backbone, lr_neck, lr_block, lr_head = 1.0, 1.0, 1.0, 1.0                    
 momentum = 0.9                    # sgd's momentum (nesterov), beta1 of the others
 beta2 = 0.999
 weight_decay = 0.05               # not on biases, norms and gates
-clip = 10.0                       # gradient norm, of a loss counted per image (sum over the batch)
+grad_clip = 10.0                       # gradient norm, of a loss counted per image (sum over the batch)
 ema_decay = 0.9999                # times 1 - exp(-step / ema_tau)
 ema_tau = 2000                    # steps; a run of a few hundred steps wants less
 freeze = ''                       # 'backbone': its weights and statistics stay as they are
@@ -115,8 +115,8 @@ config = configure(globals())
 
 # --- where are we ------------------------------------------------------------------------------------------------------
 ddp = 'RANK' in os.environ
-rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-main = rank == 0
+rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+is_main_process = rank == 0
 if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', device):
     raise InputError(f'--device={device}: must be auto, cpu, cuda or cuda:n')
 if device == 'auto':
@@ -140,19 +140,19 @@ if dtype not in ('float32', 'bfloat16', 'float16'):
 imgsz = (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
 if len(imgsz) != 2 or any(type(s) is not int or s < 32 or s % 32 for s in imgsz):
     raise InputError(f'imgsz must be one multiple of 32 or two (H, W), got {imgsz}; 1080 rows are padded to 1088')
-for name in ('epochs', 'batch_size', 'accum', 'lr', 'eval_interval', 'log_interval', 'ema_tau', 'clip'):
+for name in ('epochs', 'batch_size', 'grad_accum', 'lr', 'eval_interval', 'log_interval', 'ema_tau', 'grad_clip'):
     if config[name] <= 0:
         raise InputError(f'--{name}={config[name]}: must be above 0')
-if not 0 <= warmup_epochs + close_epochs <= epochs:
-    raise InputError(f'stages: warmup_epochs={warmup_epochs} and close_epochs={close_epochs} must fit into epochs={epochs}')
+if not 0 <= warmup_epochs + no_aug_epochs <= epochs:
+    raise InputError(f'stages: warmup_epochs={warmup_epochs} and no_aug_epochs={no_aug_epochs} must fit into epochs={epochs}')
 if not 0 <= multi_scale < 1:
     raise InputError(f'--multi_scale={multi_scale}: must be 0 or a share below 1')
 if compile and checkpointing:
     raise InputError('--compile=True and --checkpointing=True exclude each other: checkpointing saves memory, compiling time; choose one')
 if sync_bn and device_type == 'cpu':
     raise InputError('--sync_bn=True needs CUDA devices; on CPU ranks --freeze_bn=True makes BatchNorm independent of them')
-if batch_size % (accum * world):
-    raise InputError(f'batch_size={batch_size} does not divide into accum={accum} micro-batches on {world} ranks')
+if batch_size % (grad_accum * world_size):
+    raise InputError(f'batch_size={batch_size} does not divide into grad_accum={grad_accum} micro-batches on {world_size} ranks')
 for name in ('optimizer', 'optimizer_backbone', 'optimizer_neck', 'optimizer_block', 'optimizer_head'):
     if config[name] not in ('adamw', 'sgd', 'lion') + (('',) if name != 'optimizer' else ()):
         raise InputError(f'--{name}={config[name]}: must be adamw, sgd or lion')
@@ -177,8 +177,8 @@ elif memory_cap_gb:
 torch.manual_seed(seed)
 
 
-def say(*words):
-    if main:
+def print0(*words):
+    if is_main_process:
         print(*words, flush=True)
 
 
@@ -186,29 +186,29 @@ def say(*words):
 if make_data not in ('', 'shapes', 'far'):
     raise InputError(f"--make_data={make_data}: must be 'shapes', 'far' or nothing")
 made = (os.path.join(os.path.dirname(train_data), name) for name in ('train.json', 'val.json'))
-if make_data and main and not os.path.exists(train_data) and (train_data, val_data) == tuple(made):     # never into somebody's own set
+if make_data and is_main_process and not os.path.exists(train_data) and (train_data, val_data) == tuple(made):     # never into somebody's own set
     {'shapes': make_shapes, 'far': make_far}[make_data](os.path.dirname(train_data))
 if ddp:
     dist.barrier()
 augment = dict(mosaic=mosaic, mixup=mixup, scale=scale_aug, translate=translate, hsv=(hsv_h, hsv_s, hsv_v), flip=flip,
-               close_epoch=epochs - close_epochs, block=mosaic_block)
+               no_aug_epoch=epochs - no_aug_epochs, block=mosaic_block)
 train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cache_mb)
 val_set = DetectionDataset(val_data, val_images, imgsz, names=train_set.names)           # classes in the training set's order
 objects = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.names))
-say(f'train: {len(train_set)} images, {objects.sum()} objects, {len(objects)} classes; val: {len(val_set)} images')
+print0(f'train: {len(train_set)} images, {objects.sum()} objects, {len(objects)} classes; val: {len(val_set)} images')
 for where, s in ((train_data, train_set), (val_data, val_set)):
-    for kind, (count, example) in s.problems.items():
+    for kind, (count, example) in s.issues.items():
         missed = '; their objects count as missed' if s is val_set and kind.startswith('image') else ''
-        say(f'{where}: {kind}: {count}, such as {example}{missed}')
+        print0(f'{where}: {kind}: {count}, such as {example}{missed}')
 if (objects == 0).any():
-    say('warning: no training object of ' + ', '.join(train_set.names[i] for i in np.flatnonzero(objects == 0)[:10]))
+    print0('warning: no training object of ' + ', '.join(train_set.names[i] for i in np.flatnonzero(objects == 0)[:10]))
 
-n_images, micro = len(train_set), batch_size // (accum * world)
+n_images, micro = len(train_set), batch_size // (grad_accum * world_size)
 total_steps = max(1, round(epochs * n_images / batch_size))
 
 
 class Batches:
-    """The batch sampler: for every step from `first` on, this rank's `accum` micro-batches of (epoch, index) pairs."""
+    """The batch sampler: for every step from `first` on, this rank's `grad_accum` micro-batches of (epoch, index) pairs."""
 
     def __init__(self, first):
         self.first = first
@@ -216,8 +216,8 @@ class Batches:
     def __iter__(self):
         epoch, order = -1, None
         for step in range(self.first, total_steps):
-            for m in range(accum):
-                start = step * batch_size + (m * world + rank) * micro
+            for m in range(grad_accum):
+                start = step * batch_size + (m * world_size + rank) * micro
                 batch = []
                 for p in range(start, start + micro):
                     if p // n_images != epoch:
@@ -269,17 +269,17 @@ if init_from == 'resume':
     if not resume or 'optimizers' not in resume:
         raise InputError(f'nothing to resume in {out_dir}: {damaged}')
     if damaged:
-        say(f'{damaged}; going on from {path}, step {resume["step"]}')
+        print0(f'{damaged}; going on from {path}, step {resume["step"]}')
     changed = [f'{name}={config[name]} (was {value})' for name, value in resume['config'].items()
                if config.get(name) != value and name not in ('init_from', 'out_dir', 'max_steps', 'workers', 'cache_mb', 'device')]
     if changed:
-        say('warning: this is not the run that was saved: ' + ', '.join(changed))
+        print0('warning: this is not the run that was saved: ' + ', '.join(changed))
 
 model_config['num_classes'] = len(train_set.names)
 if init_from in ('scratch', 'resume'):
     model = HSVDET(HSVDETConfig(**model_config))
 else:
-    model = HSVDET.from_pretrained(init_from, verbose=main, **model_config)
+    model = HSVDET.from_pretrained(init_from, verbose=is_main_process, **model_config)
 model.names, model.imgsz, model.checkpointing = train_set.names, imgsz, checkpointing
 model = model.to(device, memory_format=torch.channels_last)
 if sync_bn and ddp:
@@ -298,8 +298,8 @@ ema = copy.deepcopy(model).eval().requires_grad_(False)
 params = [p for p in model.parameters() if p.requires_grad]
 averaged, counted = (list(zip(*((mine, theirs) for mine, theirs in zip(ema.state_dict().values(), model.state_dict().values(), strict=True)
                                 if mine.is_floating_point() == floats), strict=True)) for floats in (True, False))       # the state as pairs of lists
-single = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith('one2one')]
-shared = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith('one2one')]
+one2one_params = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith('one2one')]
+one2many_params = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith('one2one')]
 
 step, best, running, count = 0, -1.0, {}, 0
 if resume:
@@ -336,13 +336,13 @@ batches = iter(loader)
 if resume:
     torch.set_rng_state(resume['rng'])                                                # only random selection draws from it
 if compile:                                                                           # assignment and losses have shapes of their own every time
-    model.features = torch.compile(model.features)
+    model.forward_features = torch.compile(model.forward_features)
 net = model
 if ddp:
     net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if device_type == 'cuda' else None)
 amp = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
-say(f'HSV-DET-{scale} attn={attn}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {imgsz[0]}x{imgsz[1]}, batch {batch_size}'
-    f' = {world} ranks x {accum} micro-batches x {micro}; {device} {dtype}; {total_steps} steps')
+print0(f'HSV-DET-{scale} attn={attn}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {imgsz[0]}x{imgsz[1]}, batch {batch_size}'
+    f' = {world_size} ranks x {grad_accum} micro-batches x {micro}; {device} {dtype}; {total_steps} steps')
 
 
 # --- schedule, log, checkpoint -----------------------------------------------------------------------------------------
@@ -350,23 +350,23 @@ def lr_at(epoch):
     """Stage 1: linear up. Stage 2: half a cosine from lr to lr_final. Stage 3: lr_final."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
-    if epoch >= epochs - close_epochs:
+    if epoch >= epochs - no_aug_epochs:
         return lr_final
-    done = (epoch - warmup_epochs) / (epochs - close_epochs - warmup_epochs)
+    done = (epoch - warmup_epochs) / (epochs - no_aug_epochs - warmup_epochs)
     return lr_final + (lr - lr_final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 log_path = os.path.join(out_dir, 'log.csv')
 columns = (['step', 'epoch', 'lr', 'box', 'cls', 'dfl'] + ['one2one_box', 'one2one_cls', 'one2one_dfl'] * one2one
            + ['objects', 'grad_norm'] + [f'gate_{level}' for level in model.blocks()] + ['AP', 'AP50', 'AP75'])
-if main and not resume and any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')):
+if is_main_process and not resume and any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')):
     n = next(n for n in range(1, 10 ** 6) if not os.path.exists(os.path.join(out_dir, f'earlier_{n}')))
     os.makedirs(os.path.join(out_dir, f'earlier_{n}'))
     for name in os.listdir(out_dir):
         if re.fullmatch(r'(ckpt|ckpt_prev|best)\.pt|log\.csv|curves\.png|val_\d+\.jpg', name):
             os.replace(os.path.join(out_dir, name), os.path.join(out_dir, f'earlier_{n}', name))
-    say(f'{out_dir} held a run already: moved to {os.path.join(out_dir, f"earlier_{n}")}')
-if main:                                                                              # no clock in it: a resumed run's log is the same
+    print0(f'{out_dir} held a run already: moved to {os.path.join(out_dir, f"earlier_{n}")}')
+if is_main_process:                                                                              # no clock in it: a resumed run's log is the same
     rows = []
     if resume and os.path.exists(log_path):
         with open(log_path, newline='') as f:
@@ -385,7 +385,7 @@ def log_row(row):
         log.writerow(row)
         log_file.flush()
     except OSError as e:
-        say(f'warning: step {row["step"]} is missing in {log_path} ({e.strerror})')
+        print0(f'warning: step {row["step"]} is missing in {log_path} ({e.strerror})')
 
 
 
@@ -396,7 +396,7 @@ except OSError:                                                                 
     commit = ''
 
 
-def write(path, content, keep):
+def write_checkpoint(path, content, keep):
     """Beside, then renamed; with `keep` the one before stays as *_prev. A full disk costs the newest file, not the run."""
     beside = path + '.part'
     try:
@@ -405,7 +405,7 @@ def write(path, content, keep):
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:
-        say(f'warning: {path} was not written ({str(e).splitlines()[0]}), an older one stays if there is one; free some space')
+        print0(f'warning: {path} was not written ({str(e).splitlines()[0]}), an older one stays if there is one; free some space')
         with contextlib.suppress(OSError):
             os.remove(beside)
         return
@@ -415,8 +415,8 @@ def write(path, content, keep):
 
 
 def save_checkpoint():
-    if main:
-        write(os.path.join(out_dir, 'ckpt.pt'), dict(
+    if is_main_process:
+        write_checkpoint(os.path.join(out_dir, 'ckpt.pt'), dict(
             model=model.state_dict(), ema=ema.state_dict(), model_config=model_config, names=model.names, imgsz=imgsz,
             optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), step=step, best=best,
             running=running, count=count, rng=torch.get_rng_state(), config=config, commit=commit, seed=seed), keep=True)
@@ -427,7 +427,7 @@ def draw_curves():
     try:
         import matplotlib
     except ImportError:
-        return say('no curves.png: pip install matplotlib')
+        return print0('no curves.png: pip install matplotlib')
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
     with open(log_path, newline='') as f:
@@ -440,7 +440,7 @@ def draw_curves():
             points = [(float(r['epoch']), float(r[name])) for r in rows if r[name] != '']
             if points:
                 ax.plot(*zip(*points, strict=True), label=name, marker='.' if title == 'AP' else None)
-        for edge in (warmup_epochs, epochs - close_epochs):
+        for edge in (warmup_epochs, epochs - no_aug_epochs):
             ax.axvline(edge, color='0.8', linewidth=1, zorder=0)
         ax.set(title=title, xlabel='epoch')
         ax.grid(alpha=0.3)
@@ -465,14 +465,14 @@ def draw_pictures():
 
 stop = []
 for number in (signal.SIGTERM, signal.SIGINT):                                        # finish the step, save, leave
-    def told_to_stop(number, frame):
+    def request_stop(number, frame):
         stop.append(signal.Signals(number).name)
         signal.signal(number, signal.SIG_DFL)                                         # the second time it is meant at once
 
-    signal.signal(number, told_to_stop)
+    signal.signal(number, request_stop)
 
 
-def stop_for(reason, batch, losses):
+def nonfinite_message(reason, batch, losses):
     """A non-finite step: save what made it, say which images, stop."""
     where = os.path.join(out_dir, f'nonfinite_{step}_rank{rank}.pt')
     torch.save(dict(batch=batch, losses=losses, model=model.state_dict(), model_config=model_config), where)
@@ -481,27 +481,27 @@ def stop_for(reason, batch, losses):
             f'Try --dtype=float32 or a lower --lr, or leave out some such steps with --skip_nonfinite=10')
 
 
-def evaluate_and_tell(row):
+def evaluate_and_log(row):
     """Evaluate the EMA weights, log, save (best.pt, ckpt.pt), then draw and tell."""
     global best
     t = time.time()
     if ddp:                                                                           # each rank saw other images: rank 0's BatchNorm is the model's
         for buffer in ema.buffers():
             dist.broadcast(buffer, 0)
-    stats = evaluate(ema, val_set, imgsz, batch_size=max(1, micro), device=device, rank=rank, world_size=world)
+    stats = evaluate(ema, val_set, imgsz, batch_size=max(1, micro), device=device, rank=rank, world_size=world_size)
     improved, best = stats['AP'] > best, max(best, stats['AP'])
-    if not main:
+    if not is_main_process:
         return
     gates = {f'gate_{level}': block.gate.item() for level, block in model.blocks().items()}
     log_row({**{name: row[name] for name in ('step', 'epoch', 'lr')}, **gates, **{name: stats[name] for name in ('AP', 'AP50', 'AP75')}})
     if improved:
-        write(os.path.join(out_dir, 'best.pt'), ema.checkpoint(AP=best, step=step, config=config, commit=commit), keep=False)
+        write_checkpoint(os.path.join(out_dir, 'best.pt'), ema.checkpoint(AP=best, step=step, config=config, commit=commit), keep=False)
     save_checkpoint()
     try:
         draw_curves()
         draw_pictures()
     except OSError as e:
-        say(f'warning: no pictures this time ({e.strerror})')
+        print0(f'warning: no pictures this time ({e.strerror})')
     print(f'epoch {row["epoch"]:.2f} | AP {stats["AP"]:.4f} AP50 {stats["AP50"]:.4f} AP75 {stats["AP75"]:.4f} | best {best:.4f}'
           + ''.join(f' | {name} {value:+.3f}' for name, value in gates.items())
           + f' | {time.time() - t:.1f} s | {(time.time() - started) / 60:.1f} min so far', flush=True)
@@ -517,7 +517,7 @@ last = min(total_steps, max_steps) if max_steps else total_steps
 first_step, shown_step, skipped, waited, dry = step, step, 0, 0.0, False
 started = shown = time.time()
 if step == 0 and init_from != 'scratch':                                              # what the weights are worth as they come
-    evaluate_and_tell(dict(step=0, epoch=0.0, lr=0.0))
+    evaluate_and_log(dict(step=0, epoch=0.0, lr=0.0))
 while step < last:
     # 1) learning rate
     epoch = step * batch_size / n_images
@@ -529,7 +529,7 @@ while step < last:
     # 2) forward and backward, micro-batch by micro-batch, of plain sums
     sums = {}
     before = [b.clone() for b in model.buffers()] if skip_nonfinite else []           # a bad batch spoils BatchNorm too
-    for m in range(accum):
+    for m in range(grad_accum):
         t = time.time()
         batch = next(batches)
         waited += time.time() - t
@@ -540,11 +540,11 @@ while step < last:
             H, W = (max(32, round(s * factor / 32) * 32) for s in imgsz)
             targets['boxes'] = targets['boxes'] * targets['boxes'].new_tensor([W / imgsz[1], H / imgsz[0]] * 2)
             images = F.interpolate(images, (H, W), mode='bilinear')
-        last_micro = m == accum - 1
+        last_micro = m == grad_accum - 1
         with net.no_sync() if ddp and not last_micro else contextlib.nullcontext():   # ranks talk once a step
             with amp:
                 _, losses = net(images, targets, reduce=False)
-            scaler.scale(sum(value for name, value in losses.items() if not name.endswith('total'))).backward()
+            scaler.scale(sum(value for name, value in losses.items() if not name.endswith('normalizer'))).backward()
         losses['objects'] = (targets['labels'] >= 0).sum()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach().double()
@@ -557,20 +557,20 @@ while step < last:
     sums = dict(zip(names, packed.tolist(), strict=True))
     for o in optimizers:
         scaler.unscale_(o)
-    for some, total in ((shared, 'total'), (single, 'one2one_total')):
+    for some, normalizer in ((one2many_params, 'normalizer'), (one2one_params, 'one2one_normalizer')):
         if some:
-            torch._foreach_mul_([p.grad for p in some if p.grad is not None], batch_size * world / max(sums[total], 1.0))     # DDP took the mean
-    norm = torch.nn.utils.clip_grad_norm_(params, clip).item()
+            torch._foreach_mul_([p.grad for p in some if p.grad is not None], batch_size * world_size / max(sums[normalizer], 1.0))     # DDP took the mean
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip).item()
 
     # 4) a step that is not finite is not taken (under fp16 the scaler itself skips those whose gradient overflowed)
     overflow = not math.isfinite(norm)
     bad = not math.isfinite(sum(sums.values())) or overflow and (not scaler.is_enabled() or scaler.get_scale() < 2 ** -10)
     if bad:
         skipped += 1
-        sentence = stop_for('the loss is not finite' if not math.isfinite(sum(sums.values())) else 'the gradient is not finite', batch, sums)
+        sentence = nonfinite_message('the loss is not finite' if not math.isfinite(sum(sums.values())) else 'the gradient is not finite', batch, sums)
         if skipped > skip_nonfinite:
             raise InputError(sentence)
-        say(f'warning: left out step {step}: {sentence}')
+        print0(f'warning: left out step {step}: {sentence}')
         with torch.no_grad():
             for buffer, value in zip(model.buffers(), before, strict=True):
                 buffer.copy_(value)
@@ -591,9 +591,9 @@ while step < last:
     # 6) log: means over the interval
     if not bad and not overflow:
         for name in ('box', 'cls', 'dfl'):
-            running[name] = running.get(name, 0.0) + sums[name] / max(sums['total'], 1.0)
+            running[name] = running.get(name, 0.0) + sums[name] / max(sums['normalizer'], 1.0)
             if one2one:
-                running[f'one2one_{name}'] = running.get(f'one2one_{name}', 0.0) + sums[f'one2one_{name}'] / max(sums['one2one_total'], 1.0)
+                running[f'one2one_{name}'] = running.get(f'one2one_{name}', 0.0) + sums[f'one2one_{name}'] / max(sums['one2one_normalizer'], 1.0)
         running['objects'] = running.get('objects', 0.0) + sums['objects'] / batch_size
         running['grad_norm'] = running.get('grad_norm', 0.0) + norm
         count += 1
@@ -605,7 +605,7 @@ while step < last:
         running, count = {}, 0
         seconds = time.time() - shown
         left = (time.time() - started) / (step - first_step) * (last - step)
-        if main:
+        if is_main_process:
             memory = f' | {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB' if device_type == 'cuda' else ''
             print(f'step {step}/{total_steps} epoch {epoch:.2f} | box {row["box"]:.3f} cls {row["cls"]:.3f} dfl {row["dfl"]:.3f} | lr {now_lr:.2e}'
                   f' | {row["objects"]:.1f} objects an image | {(step - shown_step) * batch_size / seconds:.1f} images/s{memory}'
@@ -621,23 +621,23 @@ while step < last:
     due = int(epoch / eval_interval + 1e-9) > int((step - 1) * batch_size / n_images / eval_interval + 1e-9) or step == last
     if due:
         t = time.time()
-        evaluate_and_tell(row)
+        evaluate_and_log(row)
         shown += time.time() - t
-    told = bool(stop)
+    stop_requested = bool(stop)
     if ddp:                                                                           # one rank was told to stop: all stop
-        all_told = torch.tensor(float(told), device=device)
-        dist.all_reduce(all_told)
-        told = bool(all_told.item())
-    if told or not due and save_interval and step % save_interval == 0:
+        any_requested = torch.tensor(float(stop_requested), device=device)
+        dist.all_reduce(any_requested)
+        stop_requested = bool(any_requested.item())
+    if stop_requested or not due and save_interval and step % save_interval == 0:
         save_checkpoint()
-    if told:
-        say(f'{stop[0] if stop else "another rank"} at step {step}: saved; go on with --init_from=resume')
+    if stop_requested:
+        print0(f'{stop[0] if stop else "another rank"} at step {step}: saved; go on with --init_from=resume')
         break
 
-if main:
+if is_main_process:
     log_file.close()
     seconds = time.time() - started
-    say(f'{seconds / 60:.1f} min, {(step - first_step) * batch_size / seconds:.1f} images/s with everything; best AP {best:.4f}; in {out_dir}: '
+    print0(f'{seconds / 60:.1f} min, {(step - first_step) * batch_size / seconds:.1f} images/s with everything; best AP {best:.4f}; in {out_dir}: '
         + ' '.join(sorted(os.listdir(out_dir))))
 if ddp:
     dist.barrier()

@@ -12,7 +12,7 @@ k = 64                       # all 64 tokens at P5 and a quarter of the 256 at P
 
 epochs = 4
 warmup_epochs = 0.5
-close_epochs = 0.5
+no_aug_epochs = 0.5
 lr = 2e-3
 weight_decay = 0.01
 eval_interval = 1

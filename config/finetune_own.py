@@ -10,7 +10,7 @@ imgsz = 320                  # pixels of the longer side; more for small objects
 
 epochs = 60
 warmup_epochs = 3
-close_epochs = 10
+no_aug_epochs = 10
 lr = 2e-3
 weight_decay = 0.01
 eval_interval = 5

@@ -5,7 +5,7 @@ exec(open('config/finetune_own.py').read())
 out_dir = 'out/warm'
 epochs = 15
 warmup_epochs = 1
-close_epochs = 5
+no_aug_epochs = 5
 lr = 1e-4
 lr_block = 5.0               # the new blocks start from nothing
 ema_decay, ema_tau = 0.99, 1

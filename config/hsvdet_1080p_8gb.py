@@ -5,6 +5,6 @@ exec(open('config/hsvdet_coco20.py').read())
 out_dir = 'out/hsvdet_1080p_8gb'
 train_images = val_images = ''
 imgsz = (1088, 1920)         # 1,080 rows do not divide by 32
-accum = 16                   # one image at a time; the gradient is that of the batch of 16
+grad_accum = 16                   # one image at a time; the gradient is that of the batch of 16
 checkpointing = True         # recompute activations in the backward pass
 memory_cap_gb = 7.0          # for PyTorch; CUDA's own context and libraries take up to 1 GB beside it

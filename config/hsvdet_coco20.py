@@ -3,7 +3,7 @@
 #   python train.py config/hsvdet_coco20.py
 #   torchrun --nproc_per_node=8 train.py config/hsvdet_coco20.py
 #   ... --init_from=yolov8l.pt                                        warm start from YOLOv8 weights of your own
-# hardware: one 24 GB GPU; with 8 GB add --accum=4 --checkpointing=True
+# hardware: one 24 GB GPU; with 8 GB add --grad_accum=4 --checkpointing=True
 # hours: not measured yet. An estimate: 3 x 165 GFLOPs an image, 2.4 million images, at 30 TFLOPS of bf16 (such a card's good half): about 11
 # AP: not measured yet. The design claims 38.6 (its measurement is not documented)
 # COCO photographs are about 640x480, so the recipe runs at 640; 1080p is for the cost tables and for driving data.
@@ -19,7 +19,7 @@ attn = '-SS'
 
 epochs = 100
 warmup_epochs = 10           # stage 1
-close_epochs = 20            # stage 3: heavy augmentation off, lr 1e-5
+no_aug_epochs = 20            # stage 3: heavy augmentation off, lr 1e-5
 batch_size = 16
 lr = 1e-3
 lr_final = 1e-5

@@ -71,7 +71,7 @@ def test_boxes_are_where_the_pixels_are(tmp_path, augment, imgsz, kind):
     checked, worst = 0, 0.0
     for only in range(0, 27, 2):
         ds = DetectionDataset(painted(str(tmp_path), only, kind, 5), imgsz=imgsz, augment=augment)
-        ds.partners = lambda epoch, i, count, rng: rng.permutation([j for j in range(9) if j != i])[:count].tolist()   # none twice
+        ds.mosaic_indices = lambda epoch, i, count, rng: rng.permutation([j for j in range(9) if j != i])[:count].tolist()   # none twice
         assert kind == 'png' or ds.shrink.max() > 1
         for index in range(9):
             sample = ds[(3, index)]
@@ -89,28 +89,28 @@ def test_boxes_are_where_the_pixels_are(tmp_path, augment, imgsz, kind):
 
 
 def test_span_maps_ends_to_ends():
-    assert data.span(100, 2.0, 10, 400) == (0, 100, 10, 210)
-    assert data.span(100, 2.0, -50, 100) == (25, 75, 0, 100)
-    assert data.span(100, 1.0, 400, 400) is None and data.span(100, 1.0, -100, 400) is None
+    assert data.src_dst_interval(100, 2.0, 10, 400) == (0, 100, 10, 210)
+    assert data.src_dst_interval(100, 2.0, -50, 100) == (25, 75, 0, 100)
+    assert data.src_dst_interval(100, 1.0, 400, 400) is None and data.src_dst_interval(100, 1.0, -100, 400) is None
     for start in np.linspace(-90, 90, 50):                             # never beyond the picture, never empty
-        a, b, c, d = data.span(7, 13.7, start, 100)
+        a, b, c, d = data.src_dst_interval(7, 13.7, start, 100)
         assert 0 <= a < b <= 7 and 0 <= c < d <= 100
 
 
 def test_cut_keeps_what_is_worth_it():
     boxes = np.array([[10, 10, 20, 20], [-90, 10, 9, 20], [-91, 10, 9, 20], [50, 50, 52, 90], [0, 0, 300, 2.5], [-5, -5, 30, 30]], np.float32)
-    kept, labels = data.cut(boxes, np.arange(6), (0, 1, 0, 400), (0, 1, 0, 400))
+    kept, labels = data.clip_boxes(boxes, np.arange(6), (0, 1, 0, 400), (0, 1, 0, 400))
     assert labels.tolist() == [0, 5] and kept[1].tolist() == [0, 0, 30, 30]         # 9 %; 2 px; 120 : 1
-    assert data.cut(np.array([[-89, 10, 10, 20.]], np.float32), np.arange(1), (0, 1, 0, 400), (0, 1, 0, 400))[1].tolist() == [0]
+    assert data.clip_boxes(np.array([[-89, 10, 10, 20.]], np.float32), np.arange(1), (0, 1, 0, 400), (0, 1, 0, 400))[1].tolist() == [0]
 
 
 def test_colour_and_mixup():
     image = data.to_tensor(noise(40, 30))
-    same = data.jitter_colour(image, None, None, np.random.default_rng(0), (0, 0, 0))[0]
+    same = data.color_jitter(image, None, None, np.random.default_rng(0), (0, 0, 0))[0]
     assert torch.equal(same, image)
     grey = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     for seed in range(20):
-        out = data.jitter_colour(grey, None, None, np.random.default_rng(seed), (0.5, 0.9, 0.9))[0]
+        out = data.color_jitter(grey, None, None, np.random.default_rng(seed), (0.5, 0.9, 0.9))[0]
         assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])          # hue and saturation do not touch grey
         assert (out[0, 0].diff().int() >= 0).all() if out[0, 0, -1] else True       # and nothing wraps round
     a = (torch.zeros(3, 4, 4, dtype=torch.uint8), np.zeros((1, 4), np.float32), np.array([1]))
@@ -165,8 +165,8 @@ def test_samples_do_not_depend_on_workers_or_cache(shapes):
 
 
 def test_close_epoch_ends_mosaic_only(shapes):
-    ds = DetectionDataset(os.path.join(shapes, 'train.json'), imgsz=96, augment=dict(FULL, mosaic=1.0, mixup=1.0, close_epoch=5))
-    ds.partners = None                                                 # whoever asks for partners now fails
+    ds = DetectionDataset(os.path.join(shapes, 'train.json'), imgsz=96, augment=dict(FULL, mosaic=1.0, mixup=1.0, no_aug_epoch=5))
+    ds.mosaic_indices = None                                                 # whoever asks for partners now fails
     late = ds[(5, 0)]
     assert set(late['labels'].tolist()) <= set(ds.labels[0].tolist()) and not equal(late, ds[(6, 0)])
     with pytest.raises(TypeError):
@@ -183,7 +183,7 @@ def test_block_decodes_each_picture_once(shapes, monkeypatch):
         ds[(0, int(i))]
     assert len(opened) == 40                                           # ten pictures fit the cache, four a sample are used
     near = set(order[8:16].tolist())
-    assert all(set(ds.partners(0, int(order[9]), 3, np.random.default_rng(s))) <= near for s in range(9))
+    assert all(set(ds.mosaic_indices(0, int(order[9]), 3, np.random.default_rng(s))) <= near for s in range(9))
 
 
 def test_no_bit_depends_on_a_broken_neighbour_having_been_met(tmp_path, capsys):
@@ -196,7 +196,7 @@ def test_no_bit_depends_on_a_broken_neighbour_having_been_met(tmp_path, capsys):
     first, again = [ds[(0, i)] for i in range(6)], [ds[(0, i)] for i in range(6)]
     assert all(map(equal, first, again))
     assert [s['index'] for s in first] == [0, 1, 4, 4, 4, 5]           # the next readable one stands in
-    assert ds.problems['image unreadable'][0] == 2 and '.png' in ds.problems['image unreadable'][1]
+    assert ds.issues['image unreadable'][0] == 2 and '.png' in ds.issues['image unreadable'][1]
     assert capsys.readouterr().err.count('warning: skipped') == 2      # each named once
     plain = DetectionDataset(path, imgsz=64)[2]                        # for evaluation nothing may stand in
     assert plain['index'] == 2 and len(plain['labels']) == 0 and (plain['image'] == 114).all()
@@ -260,14 +260,14 @@ def test_ids_names_and_crowds(tmp_path):
     ds = DetectionDataset(path, imgsz=100)
     assert ds.names == ['ant', 'bee', 'zebra'] and ds.category_ids == [3, 17, 90] and ds.image_ids == [70, 8]
     assert ds.labels[0].tolist() == [2, 1] and ds.boxes[0].tolist() == [[1, 2, 31, 42], [10, 10, 30, 30]] and len(ds.labels[1]) == 0
-    assert ds.sizes.tolist() == [[100, 80]] * 2 and not ds.problems
+    assert ds.sizes.tolist() == [[100, 80]] * 2 and not ds.issues
     assert collate([ds[1]])['labels'].tolist() == [[-1]]
-    truth = ds.coco()
-    assert len(truth['annotations']) == 3 and [a['iscrowd'] for a in truth['annotations']] == [0, 1, 0]
-    assert [a['area'] for a in truth['annotations']] == [1200, 1200, 123.0] and truth['annotations'][0]['category_id'] == 90
+    coco_gt = ds.coco()
+    assert len(coco_gt['annotations']) == 3 and [a['iscrowd'] for a in coco_gt['annotations']] == [0, 1, 0]
+    assert [a['area'] for a in coco_gt['annotations']] == [1200, 1200, 123.0] and coco_gt['annotations'][0]['category_id'] == 90
     other = DetectionDataset(path, names=['zebra', 'yak', 'ant'])      # the order of somebody else's training
     assert other.labels[0].tolist() == [0] and [other.category_ids[i] for i in (0, 2)] == [90, 3]
-    assert other.category_ids[1] not in (3, 17, 90) and other.problems['unknown category'][0] == 1
+    assert other.category_ids[1] not in (3, 17, 90) and other.issues['unknown category'][0] == 1
 
 
 def test_truth_is_what_pycocotools_needs(tmp_path):
@@ -276,10 +276,10 @@ def test_truth_is_what_pycocotools_needs(tmp_path):
     with open(tmp_path / 'set.json', 'w') as f:                        # ids from 0, no area, no iscrowd, no info, one annotation to nowhere
         json.dump(dict(images=[dict(id=0, file_name='x.png', width=100, height=80)], categories=[dict(id=0, name='a')],
                        annotations=[dict(id=k, image_id=i, category_id=0, bbox=[k, 0, 9, 9]) for k, i in enumerate((0, 0, 5))]), f)
-    truth = DetectionDataset(str(tmp_path / 'set.json')).coco()
-    assert [a['id'] for a in truth['annotations']] == [1, 2]           # 0 would never be counted as found
+    coco_gt = DetectionDataset(str(tmp_path / 'set.json')).coco()
+    assert [a['id'] for a in coco_gt['annotations']] == [1, 2]           # 0 would never be counted as found
     coco = COCO()
-    coco.dataset = truth
+    coco.dataset = coco_gt
     coco.createIndex()
     assert len(coco.loadRes([dict(image_id=0, category_id=0, bbox=[0, 0, 9, 9], score=1.0)]).dataset['annotations']) == 1
 
@@ -296,13 +296,13 @@ def test_every_defect_is_counted_and_quoted(tmp_path):
     ds = DetectionDataset(path, imgsz=64)
     for i in range(len(ds)):
         ds[i]
-    assert {kind: count for kind, (count, _) in ds.problems.items()} == {
+    assert {kind: count for kind, (count, _) in ds.issues.items()} == {
         'image missing': 1, 'image listed twice': 1, 'unknown category': 1, 'annotation without image': 1, 'annotation without a proper bbox': 3,
         'box without area': 2, 'box beyond the border': 1, 'box outside its image': 1, 'box given twice': 1,
         'image unreadable': 1, 'image of another size': 1}
     for kind, where in (('box without area', 'image 1, annotation 11'), ('unknown category', 'category_id 99'), ('image missing', 'gone.png'),
                         ('image unreadable', 'junk.png'), ('image of another size', 'small.png is 100x80'), ('annotation without image', 'image 77')):
-        assert where in ds.problems[kind][1]
+        assert where in ds.issues[kind][1]
     assert ds.boxes[0].tolist() == [[10, 10, 30, 30], [0, 70, 20, 80], [0, 0, 100, 80]]       # half a pixel too many is rounding
 
 
@@ -329,7 +329,7 @@ def test_yolo_equals_coco(tmp_path, shapes):
         print(*sorted(f'images/val/{name}' for name in os.listdir(tmp_path / 'images' / 'val')), sep='\n', file=f)
     for source in ('', 'images', 'images/val', 'data.yaml:val', 'list.txt'):
         ds = DetectionDataset(str(tmp_path / source))
-        assert ds.names == wanted.names and len(ds) == len(wanted) == 4 and not ds.problems
+        assert ds.names == wanted.names and len(ds) == len(wanted) == 4 and not ds.issues
         for a, b, x, y in zip(ds.labels, wanted.labels, ds.boxes, wanted.boxes, strict=True):
             assert (a == b).all() and np.abs(x - y).max() < 1e-3
     mine, theirs = ds.coco()['annotations'], wanted.coco()['annotations']
@@ -357,10 +357,10 @@ def test_yolo_lines_good_and_bad(tmp_path):
     assert [os.path.basename(f) for f in ds.files] == ['a.png', 'bare.png', 'none.png', 'turned.jpg'] and ds.names == ['dog', 'cat']
     assert np.allclose(ds.boxes[0], [[40, 15, 60, 35], [10, 10, 50, 40], [85, 15, 100, 35]], atol=1e-4) and ds.labels[0].tolist() == [0, 1, 0]
     assert ds.sizes[3].tolist() == [50, 100] and ds.boxes[3].tolist() == [[0, 0, 50, 100]]
-    assert {kind: count for kind, (count, _) in ds.problems.items()} == {
+    assert {kind: count for kind, (count, _) in ds.issues.items()} == {
         'malformed line': 3, 'unknown category': 1, 'box without area': 2, 'box beyond the border': 1, 'box given twice': 1,
         'image without label file': 1, 'image unreadable': 1}
-    assert 'a.txt, line 5' in ds.problems['malformed line'][1] and 'a.txt, line 4' in ds.problems['unknown category'][1]
+    assert 'a.txt, line 5' in ds.issues['malformed line'][1] and 'a.txt, line 4' in ds.issues['unknown category'][1]
     assert DetectionDataset(str(tmp_path), names=['cat', 'dog']).labels[0].tolist() == [1, 0, 1]
 
 
@@ -380,11 +380,11 @@ def test_shapes_are_seeded_crowded_and_inside(shapes, tmp_path):
         assert (tmp_path / 'again' / 'images' / name).read_bytes() == open(os.path.join(shapes, 'images', name), 'rb').read()
     ds = DetectionDataset(os.path.join(shapes, 'train.json'))
     boxes, counts = np.concatenate(ds.boxes), [len(b) for b in ds.boxes]
-    assert ds.names == list(data.SHAPES) and not ds.problems and set(np.concatenate(ds.labels)) == set(range(6))
+    assert ds.names == list(data.SHAPES) and not ds.issues and set(np.concatenate(ds.labels)) == set(range(6))
     assert min(counts) <= 5 and max(counts) >= 12 and boxes.min() >= 0 and boxes.max() <= 192
     side = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))
     assert 6 < side.min() < 20 and (side < 32).mean() < 0.35 and side.max() > 70
-    overlap = np.concatenate([data.largest_overlap(b) for b in ds.boxes])
+    overlap = np.concatenate([data.max_pairwise_iou(b) for b in ds.boxes])
     assert (overlap > 0.3).mean() > 0.03 and (overlap > 0.1).mean() > 0.2           # they do hide each other
     assert (tmp_path / 'again' / 'train.json').exists() and not list((tmp_path / 'again').glob('*.part'))
 
@@ -458,8 +458,8 @@ def test_drawing_stays_inside_and_legible():
     boxes = torch.tensor([[0., 0, 200, 100], [190, 95, 260, 120], [50, 50, 50, 50]])          # whole, over the rim, nothing
     page = data.draw_boxes(Image.new('RGB', (200, 100)), boxes, [0, 1, 7], ['left', 'right'], [0.5, 1, 0])
     pixels = np.asarray(page)
-    assert page.size == (200, 100) and (pixels.reshape(-1, 3) == data.colour_of(0)).all(1).sum() > 500
-    colours = np.array([data.colour_of(i) for i in range(20)])
+    assert page.size == (200, 100) and (pixels.reshape(-1, 3) == data.class_color(0)).all(1).sum() > 500
+    colours = np.array([data.class_color(i) for i in range(20)])
     assert np.abs(colours[:, None] - colours[None]).max(2)[~np.eye(20, dtype=bool)].min() > 10
 
 
@@ -469,11 +469,11 @@ def test_drawing_stays_inside_and_legible():
 def test_real_coco():
     ds = DetectionDataset(os.path.join(SHARED, 'coco', 'train.json'), imgsz=320, augment=FULL)
     assert len(ds) == 60 and len(ds.names) == 80 and ds.category_ids[-1] == 90 and ds.names[0] == 'person'
-    assert {kind: count for kind, (count, _) in ds.problems.items()} == {'box without area': 1}
-    assert 'image 361919, annotation 50016758' in ds.problems['box without area'][1]
-    truth = ds.coco()
-    assert len(truth['annotations']) == 652
-    assert sum(map(len, ds.labels)) == 652 - 1 - sum(a['iscrowd'] for a in truth['annotations'])
+    assert {kind: count for kind, (count, _) in ds.issues.items()} == {'box without area': 1}
+    assert 'image 361919, annotation 50016758' in ds.issues['box without area'][1]
+    coco_gt = ds.coco()
+    assert len(coco_gt['annotations']) == 652
+    assert sum(map(len, ds.labels)) == 652 - 1 - sum(a['iscrowd'] for a in coco_gt['annotations'])
     assert min(map(len, ds.labels)) == 0
     batch = collate([ds[(0, i)] for i in range(60)])
     assert batch['images'].shape == (60, 3, 320, 320) and not ds.broken
@@ -483,7 +483,7 @@ def test_real_coco():
 def test_real_blood_cells():
     ds = DetectionDataset(os.path.join(SHARED, 'bccd', 'trainval.json'))
     assert len(ds) == 292 and ds.names == ['RBC', 'WBC', 'Platelets'] and sum(map(len, ds.labels)) == 3943 - 2
-    assert {kind: count for kind, (count, _) in ds.problems.items()} == {'box without area': 2}
+    assert {kind: count for kind, (count, _) in ds.issues.items()} == {'box without area': 2}
 
 
 def test_far_strips_keep_their_distance():

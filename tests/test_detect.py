@@ -112,9 +112,9 @@ def test_tokens(model, folder, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, model, folder / '0.jpg', tmp_path / 'out', tokens=True) == 0
     assert '9 of 24 cells selected' in capsys.readouterr().out       # P4 of 96x64
     for level, cells in (('p4', 24), ('p5', 6)):
-        sheet = Image.open(tmp_path / 'out' / f'0_{level}.jpg')
-        assert sheet.size == (240, 80)                               # two pictures of 120x80 side by side
-        light = np.asarray(sheet.convert('L').crop((0, 0, 120, 80)), float) / np.asarray(Image.open(folder / '0.jpg').convert('L'), float).clip(1)
+        image_grid = Image.open(tmp_path / 'out' / f'0_{level}.jpg')
+        assert image_grid.size == (240, 80)                               # two pictures of 120x80 side by side
+        light = np.asarray(image_grid.convert('L').crop((0, 0, 120, 80)), float) / np.asarray(Image.open(folder / '0.jpg').convert('L'), float).clip(1)
         assert abs((light > 0.65).mean() - min(9, cells) / cells) < 0.1         # what was selected stays light
     (rows,) = detect.detect_images(model, [Image.open(folder / '0.jpg')], conf=SCORE)
     assert len(rows) and not any(block._forward_pre_hooks for block in model.blocks().values())

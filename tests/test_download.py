@@ -155,7 +155,7 @@ def test_all_arrives_over_a_bad_line(server, tmp_path, capsys):
     assert (tmp_path / 'annotations/instances_val2017.json').read_text() == server.texts['val']
     assert '18 of 18 files' in capsys.readouterr().out
     dataset = data.DetectionDataset(path, str(tmp_path / 'images/train2017'), imgsz=(64, 64))
-    assert len(dataset) == 12 and not dataset.problems and all(dataset[(0, i)]['image'].shape == (3, 64, 64) for i in range(12))
+    assert len(dataset) == 12 and not dataset.issues and all(dataset[(0, i)]['image'].shape == (3, 64, 64) for i in range(12))
     # a second run finds all in place
     server.log.clear()
     assert get(server, tmp_path) == path and server.log == []

@@ -33,21 +33,21 @@ FOUR = [(1, 3, [10, 10, 20, 20]), (1, 3, [60, 60, 30, 30]), (2, 3, [5, 5, 40, 40
 
 
 def test_ap_by_hand():
-    truth = truth_of(*FOUR)
+    coco_gt = truth_of(*FOUR)
     perfect = found(*[(i, c, b, 0.9 - n / 10) for n, (i, c, b) in enumerate(FOUR)])
-    E = ev.judge(truth, perfect)
-    numbers = ev.twelve(E)
+    E = ev.run_cocoeval(coco_gt, perfect)
+    numbers = ev.coco_summary(E)
     assert list(numbers) == ev.KEYS and numbers['AP'] == numbers['AP50'] == numbers['AR100'] == pytest.approx(1)
     assert numbers['AR1'] == pytest.approx(0.5)                      # one detection per image and class finds half
     assert numbers['AP_large'] is None                               # no object above 96x96: nothing to find is not 0
     assert json.loads(json.dumps(numbers)) == numbers
-    assert ev.per_class(E, truth)['kind7'] == dict(AP=None, AP50=None, AR100=None, recall50=None, objects=0)
+    assert ev.per_class(E, coco_gt)['kind7'] == dict(AP=None, AP50=None, AR100=None, recall50=None, objects=0)
     # half of them missed: precision 1 at the 51 of 101 recalls up to 0.5
-    assert ev.twelve(ev.judge(truth, perfect[:2]))['AP'] == pytest.approx(51 / 101)
+    assert ev.coco_summary(ev.run_cocoeval(coco_gt, perfect[:2]))['AP'] == pytest.approx(51 / 101)
     # and none at all
-    numbers = ev.twelve(ev.judge(truth, found()))
+    numbers = ev.coco_summary(ev.run_cocoeval(coco_gt, found()))
     assert numbers['AP'] == numbers['AP50'] == numbers['AR100'] == 0
-    assert ev.twelve(ev.judge(truth_of(), perfect))['AP'] is None
+    assert ev.coco_summary(ev.run_cocoeval(truth_of(), perfect))['AP'] is None
 
 
 def random_case(images=30, seed=0):
@@ -60,33 +60,33 @@ def random_case(images=30, seed=0):
         for _ in range(30):
             k = rng.integers(8)
             rows.append((i, int(kinds[k]) if rng.random() < 0.8 else 5, (boxes[k] + rng.normal(0, 5, 4)).clip(1).tolist(), round(rng.random(), 2)))
-    truth = truth_of(*objects, images=sorted({i for i, _, _ in objects}), categories=(2, 5, 9, 11))
-    for a in truth['annotations']:
+    coco_gt = truth_of(*objects, images=sorted({i for i, _, _ in objects}), categories=(2, 5, 9, 11))
+    for a in coco_gt['annotations']:
         a['id'], a['iscrowd'] = a['id'] + 1, int(rng.random() < 0.05)
-    return truth, found(*rows)[rng.permutation(len(rows))]
+    return coco_gt, found(*rows)[rng.permutation(len(rows))]
 
 
 def test_judge_is_pycocotools():
     """Judging class by class, in any order of detections, with equal scores, is to the last bit what the plain use gives."""
-    truth, detections = random_case()
+    coco_gt, detections = random_case()
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
-        gt.dataset = dict(truth, info={})
+        gt.dataset = dict(coco_gt, info={})
         gt.createIndex()
         E = COCOeval(gt, gt.loadRes(detections), 'bbox')
         E.evaluate()
         E.accumulate()
         E.summarize()
-    assert list(ev.twelve(ev.judge(truth, detections)).values()) == E.stats.tolist()
+    assert list(ev.coco_summary(ev.run_cocoeval(coco_gt, detections)).values()) == E.stats.tolist()
 
 
 def test_occlusion_by_hand():
     heavy = [(1, 3, [10, 10, 20, 20]), (1, 7, [10, 10, 20, 16])]     # IoU 0.8, of different classes
     apart = [(1, 3, [70, 70, 20, 20]), (2, 3, [0, 0, 20, 20]), (2, 3, [15, 0, 20, 20]),       # the last two: IoU 5/35 = 0.14
              (2, 3, [60, 60, 20, 20]), (2, 3, [60, 70, 20, 20])]     # and these 1/3
-    truth = truth_of(*heavy, *apart)
+    coco_gt = truth_of(*heavy, *apart)
     detections = found((1, 3, [40, 10, 20, 20], 0.95), (1, 3, [70, 70, 20, 20], 0.9), (1, 3, [10, 10, 20, 20], 0.8))
-    table = ev.under_occlusion(truth, detections)
+    table = ev.under_occlusion(coco_gt, detections)
     assert [row['objects'] for row in table.values()] == [1, 2, 2, 2, 0]
     far, light, middle, over, crowd = table.values()
     # the false alarm counts, what finds an object of another bin does not: false, true -> precision 1/2 throughout
@@ -110,8 +110,8 @@ def test_duplicates_by_hand():
 
 
 def test_confusion_by_hand():
-    truth = truth_of(*FOUR[:3], (2, 7, [50, 10, 20, 50]))
-    matrix = ev.confusion(truth, found((1, 3, FOUR[0][2], 0.9), (1, 7, FOUR[1][2], 0.8), (2, 7, [50, 10, 20, 50], 0.7),
+    coco_gt = truth_of(*FOUR[:3], (2, 7, [50, 10, 20, 50]))
+    matrix = ev.confusion(coco_gt, found((1, 3, FOUR[0][2], 0.9), (1, 7, FOUR[1][2], 0.8), (2, 7, [50, 10, 20, 50], 0.7),
                                        (2, 7, [80, 80, 10, 10], 0.6), (2, 3, FOUR[2][2], 0.1)))       # the last is below 0.25
     assert matrix.tolist() == [[1, 1, 1], [0, 1, 0], [0, 1, 0]]
 
@@ -153,9 +153,9 @@ def folder(tmp_path_factory):
     for i, (w, h) in enumerate(sizes):
         Image.new('RGB', (w, h), (20 * i,) * 3).save(path / 'images' / f'{i}.png')
         objects += [(10 + i, 3, [0, 0, w / 2, h / 3]), (10 + i, 7, [w / 2, h / 2, w / 2, h / 2])]
-    truth = truth_of(*objects, images=range(10, 16))
-    truth['images'] = [dict(id=10 + i, file_name=f'{i}.png', width=w, height=h) for i, (w, h) in enumerate(sizes)]
-    (path / 'val.json').write_text(json.dumps(truth))
+    coco_gt = truth_of(*objects, images=range(10, 16))
+    coco_gt['images'] = [dict(id=10 + i, file_name=f'{i}.png', width=w, height=h) for i, (w, h) in enumerate(sizes)]
+    (path / 'val.json').write_text(json.dumps(coco_gt))
     return path
 
 
@@ -202,8 +202,8 @@ def test_two_ranks_equal_one(folder):
     model = Oracle(dataset, (64, 64), off=0.5)
     alone = ev.evaluate(model, dataset, 64, batch_size=2, rect=True, verbose=False)
     assert 0.2 < alone['AP'] < 0.9
-    (whole,), _ = ev.find(model, dataset, 64, batch_size=2, rect=True, verbose=False)
-    parts = [ev.find(model, dataset, 64, batch_size=2, rect=True, rank=r, world_size=2, verbose=False)[0][0] for r in range(2)]
+    (whole,), _ = ev.predict_dataset(model, dataset, 64, batch_size=2, rect=True, verbose=False)
+    parts = [ev.predict_dataset(model, dataset, 64, batch_size=2, rect=True, rank=r, world_size=2, verbose=False)[0][0] for r in range(2)]
     assert np.array_equal(np.unique(whole, axis=0), np.unique(np.concatenate(parts), axis=0)) and len(whole) == sum(map(len, parts))
     context = torch.multiprocessing.get_context('spawn')
     queue = context.SimpleQueue()
@@ -248,9 +248,9 @@ def test_script(folder, model, tmp_path, monkeypatch, capsys):
 
 def test_plots(folder, tmp_path):
     pytest.importorskip('matplotlib')
-    truth, detections = random_case(5)
-    ev.draw(ev.judge(truth, detections), truth, detections, tmp_path)
-    ev.draw(ev.judge(truth, detections[:0]), truth, detections[:0], tmp_path)
+    coco_gt, detections = random_case(5)
+    ev.draw_plots(ev.run_cocoeval(coco_gt, detections), coco_gt, detections, tmp_path)
+    ev.draw_plots(ev.run_cocoeval(coco_gt, detections[:0]), coco_gt, detections[:0], tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {'precision_recall.png', 'confusion.png'}
 
 
@@ -260,12 +260,12 @@ def test_plots(folder, tmp_path):
     ('[{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 1}]', 'image ids'),
     ('[{"image_id": 10, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]', 'category ids')])
 def test_from_json_of_another_kind(text, message, folder, tmp_path):
-    truth = json.loads((folder / 'val.json').read_text())
+    coco_gt = json.loads((folder / 'val.json').read_text())
     (tmp_path / 'd.json').write_text(text)
     with pytest.raises(InputError, match=message):
-        ev.read_detections(str(tmp_path / 'd.json'), truth)
+        ev.read_detections(str(tmp_path / 'd.json'), coco_gt)
     (tmp_path / 'd.json').write_text('[]')
-    assert ev.read_detections(str(tmp_path / 'd.json'), truth).shape == (0, 7)
+    assert ev.read_detections(str(tmp_path / 'd.json'), coco_gt).shape == (0, 7)
 
 
 def test_bad_input(folder, model, tmp_path, capsys):
@@ -279,15 +279,15 @@ def test_bad_input(folder, model, tmp_path, capsys):
             ('ground truth', ev.main)):
         with pytest.raises(InputError, match=message):
             call()
-    truth = json.loads((folder / 'val.json').read_text())            # annotations made for other images
-    for image in truth['images'][1:]:
+    coco_gt = json.loads((folder / 'val.json').read_text())            # annotations made for other images
+    for image in coco_gt['images'][1:]:
         image['width'] += 1
-    (tmp_path / 'val.json').write_text(json.dumps(truth))
+    (tmp_path / 'val.json').write_text(json.dumps(coco_gt))
     dataset = DetectionDataset(str(tmp_path / 'val.json'), images=str(folder / 'images'))
     ev.evaluate(model, dataset, 64, verbose=False)
     assert '5 images cannot be used' in capsys.readouterr().err
-    truth['images'][0]['width'] += 1
-    (tmp_path / 'val.json').write_text(json.dumps(truth))
+    coco_gt['images'][0]['width'] += 1
+    (tmp_path / 'val.json').write_text(json.dumps(coco_gt))
     with pytest.raises(InputError, match='not one image'):
         ev.evaluate(model, DetectionDataset(str(tmp_path / 'val.json'), images=str(folder / 'images')), 64, verbose=False)
 
@@ -322,7 +322,7 @@ def test_onnx(folder, tmp_path):
     assert free.names == ['kind3', 'kind7'] and ev.input_shape(free, 0) == (64, 64) and ev.input_shape(free, 128) == (128, 128)
     fixed = tiny_onnx(tmp_path / 'fixed.onnx', 4, (64, 64))          # six images in batches of four, filled up with nothing
     inside = tiny_onnx(tmp_path / 'inside.onnx', 4, (64, 64), ends_in_nms=True)
-    tables = [ev.find(m, dataset, 0, batch_size=3, conf=0.0, verbose=False)[0][0] for m in (free, fixed, inside)]
+    tables = [ev.predict_dataset(m, dataset, 0, batch_size=3, conf=0.0, verbose=False)[0][0] for m in (free, fixed, inside)]
     assert len(tables[0]) == 6 and np.allclose(tables[0], tables[1]) and np.allclose(tables[0], tables[2], atol=1e-5)
     assert set(tables[0][:, 6]) == {3} and 0.2 < tables[0][:, 5].max() < 0.5
     with pytest.raises(InputError, match='exported at'):

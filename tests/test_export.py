@@ -76,9 +76,9 @@ def test_a_flat_picture_ties(plain):
 def test_metadata_and_names(plain):
     loaded, file = OnnxModel(plain[2]), onnx.load(plain[2])
     assert loaded.names == ['one', 'zwei', 'três'] and input_shape(loaded, 0) == SHAPE and not loaded.ends_in_nms
-    about = {p.key: p.value for p in file.metadata_props}
-    assert json.loads(about['imgsz']) == [64, 96] and about['stride'] == '32' and about['num_classes'] == '3' and about['precision'] == 'fp32'
-    assert '114' in about['preprocessing'] and 'RGB' in about['preprocessing'] and 'x1, y1, x2, y2' in about['boxes'] and 'conf' not in about
+    metadata = {p.key: p.value for p in file.metadata_props}
+    assert json.loads(metadata['imgsz']) == [64, 96] and metadata['stride'] == '32' and metadata['num_classes'] == '3' and metadata['precision'] == 'fp32'
+    assert '114' in metadata['preprocessing'] and 'RGB' in metadata['preprocessing'] and 'x1, y1, x2, y2' in metadata['boxes'] and 'conf' not in metadata
     assert {'stem', 'block4', 'block5', 'detect_head', 'after'} <= {node.name.split('/')[0] for node in file.graph.node}
     with pytest.raises(InputError, match='exported at'):
         input_shape(loaded, 640)
@@ -120,8 +120,8 @@ def test_nms_inside_equals_detect(multi_label, tmp_path):
     rows, count = reload(path)(x)[0], 30 if multi_label else len(model.detect(x, 0.3, 0.7, 30)[0])
     assert rows.shape == (1, 30, 6) and (rows[..., 4] > 0).sum() == count and (multi_label or 10 < count < 30), 'max_det and padding both at work'
     assert (rows[..., 4].diff(dim=1) <= 0).all() and (rows[rows[..., 4] == 0] == 0).all()
-    about = {p.key: p.value for p in onnx.load(path).metadata_props}
-    assert (about['conf'], about['iou'], about['max_det']) == ('0.3', '0.7', '30') and OnnxModel(path).ends_in_nms
+    metadata = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert (metadata['conf'], metadata['iou'], metadata['max_det']) == ('0.3', '0.7', '30') and OnnxModel(path).ends_in_nms
 
 
 def test_one2one_needs_no_nms(tmp_path):

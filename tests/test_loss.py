@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from loss import assign, box_iou, ciou, detection_loss, dfl, make_points, overlap, sides_to_boxes
+from loss import assign, bbox_iou, box_iou, ciou, decode_boxes, detection_loss, dfl, make_anchor_points
 
 REFERENCE = Path(__file__).parent / 'reference'
 
@@ -27,7 +27,7 @@ def pad(images, classes, boxes, B):
 @pytest.mark.parametrize('kind', ['iou', 'giou', 'ciou'])
 def test_iou_reference(kind):
     d = load('iou')
-    torch.testing.assert_close(overlap(d['boxes_a'], d['boxes_b'], kind), d[kind], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bbox_iou(d['boxes_a'], d['boxes_b'], kind), d[kind], rtol=1e-5, atol=1e-6)
 
 
 def test_iou_by_hand():
@@ -45,28 +45,28 @@ def test_assign_reference():
     labels = d['gt_labels'][..., 0].long()
     labels[d['gt_mask'][..., 0] == 0] = -1
     args = d['pred_scores'], d['pred_boxes'], d['anchor_points'], labels, d['gt_boxes']
-    owner, target_scores = assign(*args)
-    assert torch.equal(owner >= 0, d['foreground'])
-    assert torch.equal(owner[d['foreground']], d['assigned_gt'][d['foreground']])
+    assigned_gt_idx, target_scores = assign(*args)
+    assert torch.equal(assigned_gt_idx >= 0, d['foreground'])
+    assert torch.equal(assigned_gt_idx[d['foreground']], d['assigned_gt'][d['foreground']])
     torch.testing.assert_close(target_scores, d['target_scores'], rtol=1e-5, atol=1e-6)
     for budget in (1, 2000):                                                          # one object at a time, a few at a time
         again = assign(*args, budget=budget)
-        assert torch.equal(again[0], owner) and torch.equal(again[1], target_scores)
+        assert torch.equal(again[0], assigned_gt_idx) and torch.equal(again[1], target_scores)
 
 
 def test_head_and_loss_reference():
     d = load('head_and_loss')
     maps = [d[f'raw_p{i}'].requires_grad_() for i in (3, 4, 5)]
     targets = pad(d['gt_image'], d['gt_class'].long(), d['gt_xyxy'], 3)
-    points, strides = make_points(maps)
+    points, strides = make_anchor_points(maps)
     rows = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)
-    boxes = sides_to_boxes(rows[..., :64], points, strides)
+    boxes = decode_boxes(rows[..., :64], points, strides)
     centre, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
     decoded = torch.cat((centre, size, rows[..., 64:].sigmoid()), -1).transpose(1, 2)
     torch.testing.assert_close(decoded, d['decoded'], rtol=1e-5, atol=1e-4)            # a centre is a difference of numbers near 100
-    owner, _ = assign(rows[..., 64:].sigmoid().detach(), boxes.detach(), points, targets['labels'], targets['boxes'])
-    assert torch.equal(owner >= 0, d['foreground'])
-    assert torch.equal(owner[d['foreground']], d['assigned_gt'][d['foreground']])
+    assigned_gt_idx, _ = assign(rows[..., 64:].sigmoid().detach(), boxes.detach(), points, targets['labels'], targets['boxes'])
+    assert torch.equal(assigned_gt_idx >= 0, d['foreground'])
+    assert torch.equal(assigned_gt_idx[d['foreground']], d['assigned_gt'][d['foreground']])
     losses = detection_loss(maps, targets)
     for name, value in losses.items():
         torch.testing.assert_close(value, d[f'{name}_loss'], rtol=1e-5, atol=0)
@@ -112,11 +112,11 @@ def test_unusual_boxes(boxes):
 
 def test_identical_boxes_go_to_the_first():
     maps = raw_maps(1)
-    points, strides = make_points(maps)
+    points, strides = make_anchor_points(maps)
     boxes = torch.cat((points - 12, points + 12), 1)[None]
     gt = torch.tensor([[[10.0, 10, 40, 40]] * 2])
-    owner, _ = assign(torch.full((1, len(points), 3), 0.5), boxes, points, torch.tensor([[1, 1]]), gt)
-    assert set(owner.unique().tolist()) == {-1, 0}
+    assigned_gt_idx, _ = assign(torch.full((1, len(points), 3), 0.5), boxes, points, torch.tensor([[1, 1]]), gt)
+    assert set(assigned_gt_idx.unique().tolist()) == {-1, 0}
 
 
 def test_four_by_four_grid_by_hand():
@@ -126,8 +126,8 @@ def test_four_by_four_grid_by_hand():
     gt = torch.tensor([[[8.0, 8, 24, 24]]])
     boxes = torch.cat((points - 4, points + 4), 1)[None]
     boxes[0, 5], boxes[0, 10] = torch.tensor([8.0, 8, 24, 24]), torch.tensor([8.0, 8, 24, 20])
-    owner, target = assign(torch.full((1, 16, 1), 0.25), boxes, points, torch.tensor([[0]]), gt, topk=2)
-    assert owner[0].tolist() == [0 if i in (5, 10) else -1 for i in range(16)]
+    assigned_gt_idx, target = assign(torch.full((1, 16, 1), 0.25), boxes, points, torch.tensor([[0]]), gt, topk=2)
+    assert assigned_gt_idx[0].tolist() == [0 if i in (5, 10) else -1 for i in range(16)]
     assert target[0, 5, 0] == pytest.approx(1.0, abs=1e-4)                            # the best point gets its IoU
     second = ciou(boxes[0, 10], gt[0, 0]) ** 6
     assert target[0, 10, 0] == pytest.approx(second.item(), rel=1e-3)
@@ -145,21 +145,21 @@ def test_crowded_batch_in_bounded_memory():
     from bench import LiveMemory
     g = torch.Generator().manual_seed(0)
     B, M, K = 8, 2000, 2
-    points, strides = make_points([torch.empty(1, 1, 1280 // s, 1280 // s) for s in (8, 16, 32)])
+    points, strides = make_anchor_points([torch.empty(1, 1, 1280 // s, 1280 // s) for s in (8, 16, 32)])
     boxes = (torch.cat((points - strides * 2, points + strides * 2), 1) + torch.randn(len(points), 4, generator=g)).expand(B, -1, 4).contiguous()
     centre, size = torch.rand(B, M, 2, generator=g) * 1280, torch.rand(B, M, 2, generator=g) * 40 + 8
     gt = torch.cat((centre - size / 2, centre + size / 2), 2)
     scores, labels = torch.rand(B, len(points), K, generator=g), torch.randint(0, K, (B, M), generator=g)
     with LiveMemory() as memory:
-        owner, target_scores = assign(scores, boxes, points, labels, gt)
+        assigned_gt_idx, target_scores = assign(scores, boxes, points, labels, gt)
     assert memory.peak < 400 * 2 ** 20, memory.peak
-    assert len(owner[0].unique()) > 1500
-    assert torch.equal(owner[3], assign(scores[3:4], boxes[3:4], points, labels[3:4], gt[3:4])[0][0]), 'an image alone gets the same'
+    assert len(assigned_gt_idx[0].unique()) > 1500
+    assert torch.equal(assigned_gt_idx[3], assign(scores[3:4], boxes[3:4], points, labels[3:4], gt[3:4])[0][0]), 'an image alone gets the same'
 
 
 def naive_assign(scores, boxes, points, gt_labels, gt_boxes, topk=10):
     """The same assignment in dense (M, A) matrices, one image at a time, as the paper has it."""
-    owner = torch.full(scores.shape[:2], -1)
+    assigned_gt_idx = torch.full(scores.shape[:2], -1)
     for b in range(len(scores)):
         for_real = (gt_labels[b] >= 0).nonzero()[:, 0]
         if len(for_real) == 0:
@@ -172,13 +172,13 @@ def naive_assign(scores, boxes, points, gt_labels, gt_boxes, topk=10):
         several = claims.sum(0) > 1
         claims[:, several] = False
         claims[iou.argmax(0)[several], several] = True
-        owner[b] = torch.where(claims.any(0), for_real[claims.int().argmax(0)], -1)
-    return owner
+        assigned_gt_idx[b] = torch.where(claims.any(0), for_real[claims.int().argmax(0)], -1)
+    return assigned_gt_idx
 
 
 def test_assign_equals_dense_on_crowds():
     g = torch.Generator().manual_seed(1)
-    points, strides = make_points([torch.empty(1, 1, 160 // s, 160 // s) for s in (8, 16, 32)])
+    points, strides = make_anchor_points([torch.empty(1, 1, 160 // s, 160 // s) for s in (8, 16, 32)])
     A, M = len(points), 60
     scores = torch.rand(2, A, 4, generator=g)
     boxes = torch.cat((points - strides * 1.5, points + strides * 1.5), 1) + torch.randn(2, A, 4, generator=g) * 4
@@ -207,5 +207,5 @@ def test_sums_divide_into_the_mean():
     mean, sums = detection_loss(maps, targets), detection_loss(maps, targets, reduce=False)
     parts = [detection_loss([m[b:b + 1] for m in maps], {key: t[b:b + 1] for key, t in targets.items()}, reduce=False) for b in range(3)]
     for name, value in mean.items():
-        torch.testing.assert_close(sums[name] / sums['total'], value)
-        torch.testing.assert_close(sum(p[name] for p in parts) / sum(p['total'] for p in parts), value)
+        torch.testing.assert_close(sums[name] / sums['normalizer'], value)
+        torch.testing.assert_close(sum(p[name] for p in parts) / sum(p['normalizer'] for p in parts), value)

@@ -137,7 +137,7 @@ def test_compiled_training_step_is_the_eager_one():
     for compiled in (False, True):
         model = alive(small(k=4)).train()
         if compiled:
-            model.features = torch.compile(model.features, backend='aot_eager')
+            model.forward_features = torch.compile(model.forward_features, backend='aot_eager')
         losses = model(x, targets)[1]
         sum(losses.values()).backward()
         results.append([*losses.values()] + [p.grad for p in model.parameters() if p.grad is not None] + list(model.buffers()))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_attention import SparseGlobalBlock, SparseGlobalBlockGated, largest
+from sparse_attention import SparseGlobalBlock, SparseGlobalBlockGated, stable_topk
 
 REFERENCE = Path(__file__).parent / 'reference'
 SETTINGS = [dict(), dict(k=0), dict(k=0.25), dict(k=1000), dict(select='l2'), dict(select='learned'), dict(select='none'),
@@ -32,10 +32,10 @@ def test_reference(name, path):
         gated = isinstance(block, SparseGlobalBlockGated)
         if gated:
             block.gate.data = d['gate']
-        selected, _ = block.choose(d['x'])
+        selected, _ = block.select_tokens(d['x'])
         assert torch.equal(selected.sort(1).values, d['selected'])
         with torch.no_grad():
-            y = block.plain(d['x']) if path == 'plain' else block.fold()(d['x']) if path == 'folded' else block(d['x'])
+            y = block.forward_reference(d['x']) if path == 'plain' else block.merge_projections()(d['x']) if path == 'folded' else block(d['x'])
         torch.testing.assert_close(y, d['gated' if gated else 'block'], rtol=1e-5, atol=2e-6)
 
 
@@ -45,7 +45,7 @@ def test_fast_equals_definition(settings):
     block = make(**settings).double()
     x = torch.randn(2, 32, 10, 12, dtype=torch.double)
     results = []
-    for path in (block.forward, block.plain):
+    for path in (block.forward, block.forward_reference):
         x_in = x.clone().requires_grad_()
         y = path(x_in)
         y.sin().sum().backward()
@@ -62,11 +62,11 @@ def test_fast_equals_definition(settings):
 def test_random_selection_repeats_in_evaluation_and_varies_in_training():
     block = make(select='random')
     x = torch.randn(1, 32, 10, 12)
-    assert not torch.equal(block.choose(x)[0], block.choose(x)[0])
+    assert not torch.equal(block.select_tokens(x)[0], block.select_tokens(x)[0])
     block.eval()
-    assert torch.equal(block.choose(x)[0], block.choose(x)[0])
+    assert torch.equal(block.select_tokens(x)[0], block.select_tokens(x)[0])
     with torch.no_grad():
-        torch.testing.assert_close(block(x), block.plain(x))
+        torch.testing.assert_close(block(x), block.forward_reference(x))
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
@@ -77,10 +77,10 @@ def test_memory_formats_agree(memory_format):
 
 def test_ties_go_to_the_lower_index():
     importance = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [-1.0, -2.0, -2.0, 5.0, -2.0, -9.0]])
-    assert largest(importance, 3).sort(1).values.tolist() == [[1, 2, 4], [0, 1, 2], [0, 1, 3]]
+    assert stable_topk(importance, 3).sort(1).values.tolist() == [[1, 2, 4], [0, 1, 2], [0, 1, 3]]
     many = torch.randint(0, 5, (4, 1000)).float() - 2
     want = many.sort(dim=1, descending=True, stable=True).indices[:, :300].sort(1).values
-    assert torch.equal(largest(many, 300).sort(1).values, want)
+    assert torch.equal(stable_topk(many, 300).sort(1).values, want)
 
 
 def test_gate_zero_is_the_identity_and_only_the_gate_learns():
@@ -127,7 +127,7 @@ def test_selection_sees_float32_under_fp16():
     """Two tokens whose squared norms both overflow fp16: the larger must still be found."""
     x = torch.full((1, 64, 4, 4), 100.0, dtype=torch.float16)
     x[0, :, 2, 1], x[0, :, 3, 3] = 130, 120
-    assert make(c=64, k=2).choose(x)[0].sort(1).values.tolist() == [[9, 15]]
+    assert make(c=64, k=2).select_tokens(x)[0].sort(1).values.tolist() == [[9, 15]]
 
 
 def test_attention_rows_for_pictures():
@@ -141,6 +141,6 @@ def test_folded_equals_unfolded():
     block, x = make(c=64), torch.randn(2, 64, 10, 12)
     with torch.no_grad():
         want = block(x)
-        got = block.fold()(x)
+        got = block.merge_projections()(x)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert not hasattr(block, 'v_proj')

@@ -35,7 +35,7 @@ def command(shapes, out_dir, *settings, ranks=1, data='train'):
     launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--master_port=29517'] if ranks > 1 else []
     return [sys.executable, *launch, 'train.py', f'--train_data={shapes}/{data}.json', f'--train_images={shapes}/images/train',
             f'--val_data={shapes}/val.json', f'--out_dir={out_dir}', '--imgsz=64', '--device=cpu', '--dtype=float32', '--workers=0',
-            '--epochs=4', '--close_epochs=1', '--warmup_epochs=1', '--eval_interval=2', '--batch_size=4', '--log_interval=2', '--k=8',
+            '--epochs=4', '--no_aug_epochs=1', '--warmup_epochs=1', '--eval_interval=2', '--batch_size=4', '--log_interval=2', '--k=8',
             '--num_pictures=1', *settings]
 
 
@@ -70,7 +70,7 @@ def assert_same(a, b, where=''):
 def one_step(shapes, tmp_path_factory):
     """The change of all weights in three steps of plain SGD, nothing random, BatchNorm frozen, with `settings`."""
     seed = next(s for s in range(1000) if (np.random.default_rng((s, 0)).permutation(12)[:4] % 2 == [0, 0, 1, 1]).all())   # ids start at 1
-    fixed = ['--optimizer=sgd', '--momentum=0.9', '--lr=0.001', '--warmup_epochs=0', '--clip=1e9', '--weight_decay=0.0', '--freeze_bn=True',
+    fixed = ['--optimizer=sgd', '--momentum=0.9', '--lr=0.001', '--warmup_epochs=0', '--grad_clip=1e9', '--weight_decay=0.0', '--freeze_bn=True',
              '--mosaic=0.0', '--scale_aug=0.0', '--translate=0.0', '--flip=0.0', '--hsv_h=0.0', '--hsv_s=0.0', '--hsv_v=0.0',
              '--max_steps=3', '--gate=fixed', '--one2one=True', f'--seed={seed}']
     start = tmp_path_factory.mktemp('start') / 'start.pt'
@@ -87,7 +87,7 @@ def one_step(shapes, tmp_path_factory):
     return run, run()
 
 
-@pytest.mark.parametrize('settings, ranks', [(['--accum=4'], 1), ([], 2), (['--accum=2'], 2)], ids=['4 micro-batches', '2 ranks', '2 x 2'])
+@pytest.mark.parametrize('settings, ranks', [(['--grad_accum=4'], 1), ([], 2), (['--grad_accum=2'], 2)], ids=['4 micro-batches', '2 ranks', '2 x 2'])
 def test_parts_give_the_gradient_of_the_whole(one_step, settings, ranks):
     """In the first of three steps rank 1, and the last two micro-batches, hold no object at all."""
     run, (whole, log) = one_step
@@ -128,7 +128,7 @@ def test_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
 
 def test_two_ranks_resume_to_the_bit(shapes, tmp_path):
     """Under fp16 with its scaler, random selection, a one-to-one head and BatchNorm at work: 3 steps and 3 more are 6."""
-    settings = ['--dtype=float16', '--one2one=True', '--select=random', '--accum=2', '--eval_interval=1', '--log_interval=1']
+    settings = ['--dtype=float16', '--one2one=True', '--select=random', '--grad_accum=2', '--eval_interval=1', '--log_interval=1']
     train(shapes, tmp_path / 'a', *settings, '--max_steps=6', ranks=2)
     os.makedirs(tmp_path / 'b')
     (tmp_path / 'b/ckpt.pt').write_bytes((tmp_path / 'a/ckpt_prev.pt').read_bytes())
@@ -223,7 +223,7 @@ def test_bad_input_is_one_sentence(shapes, tmp_path):
         (['--train_data=nowhere.json'], 'nowhere.json not found'),
         (['--train_data=data/coco/annotations/instances_train2017_20.json'], 'python data.py coco20'),
         (['--attn=SS'], "attn has one of - S F D for each of P3 P4 P5, got 'SS'"),
-        (['--batch_size=6', '--accum=4'], 'does not divide'),
+        (['--batch_size=6', '--grad_accum=4'], 'does not divide'),
         (['--lr=0'], '--lr=0.0: must be above 0'),
         (['--warmup_epochs=9'], 'must fit into epochs=4'),
         (['--optimizer=adam'], 'must be adamw, sgd or lion'),
@@ -238,7 +238,7 @@ def test_bad_input_is_one_sentence(shapes, tmp_path):
 
 
 def test_non_finite_loss_stops_and_saves_the_batch(shapes, tmp_path):
-    done = train(shapes, tmp_path, '--lr=1e30', '--warmup_epochs=0', '--clip=1e30', check=False)
+    done = train(shapes, tmp_path, '--lr=1e30', '--warmup_epochs=0', '--grad_clip=1e30', check=False)
     assert done.returncode == 1 and 'is not finite at step' in done.stderr and '.jpg' in done.stderr and 'Traceback' not in done.stderr
     saved = load(next(tmp_path.glob('nonfinite_*.pt')))
     assert saved['batch']['images'].shape == (4, 3, 64, 64)
