@@ -1,14 +1,14 @@
 """
-Images in, pictures with boxes out; json and YOLO text on request.
+Detect objects in images: pictures with boxes; json and YOLO text on request.
 
     python detect.py photo.jpg --weights=out/best.pt
     python detect.py 'frames/*.png' --weights=yolov8n.pt --conf=0.4 --save_json=True --save_txt=True
     python detect.py folder --weights=best.onnx --batch_size=16
-    python detect.py photo.jpg --weights=out/best.pt --tokens=True       what the sparse blocks look at
+    python detect.py photo.jpg --weights=out/best.pt --tokens=True       the cells the blocks attend to
 
 The source is an image, a folder (not those within it), a glob in quotes, or a .txt with one path a line. A file that
 cannot be read is named and skipped, and the exit status is then 1. An image gets the smallest input shape that holds
-it, whatever stands beside it in the batch, so that its boxes do not depend on its neighbours.
+it, whatever else is in the batch, so that its boxes do not depend on the other images.
 
 From Python, on PIL images or (h, w, 3) uint8 RGB arrays, boxes in their own pixels:
 
@@ -31,16 +31,19 @@ import time
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from configurator import configure
-from data import PAD_VALUE, SUFFIXES, InputError, draw_boxes, letterbox, load_image, rect_shape
-from eval import input_shape, load_model, predict, undo_letterbox
-from model import HSVDET
+from attention import Gated
+from configurator import InputError, configure
+from data import letterbox, load_image, rect_shape
+from eval import cpu_count, input_shape, load_model, predict, undo_letterbox
+from labels import SUFFIXES
+from plots import draw_boxes, draw_tokens
+from sparse_attention import SparseGlobalBlock
 
 source = ''                         # image, folder, 'glob*', or list.txt
-weights = 'out/best.pt'             # ours, a YOLOv8 .pt, or an .onnx of export.py
-imgsz: int | tuple = 0              # pixels of the longer side, or (H, W); 0 is what the weights were trained at, else 640
+weights = 'out/best.pt'             # a checkpoint of train.py, a YOLOv8 .pt, or an .onnx of export.py
+imgsz: int | tuple = 0              # pixels of the longer side, or (H, W); 0: as the weights were trained, else 640
 conf = 0.25                         # the lowest score worth drawing
 nms_iou = 0.7                       # a box goes when a better one of its class overlaps it by more
 max_det = 300
@@ -52,22 +55,30 @@ out_dir = 'out/detect'
 save_images = True
 save_json = False                   # out_dir/detections.json
 save_txt = False                    # out_dir/labels/NAME.txt
-tokens = False                      # out_dir/NAME_p5.jpg, NAME_p4.jpg: the cells a sparse block selected and attended to
+tokens = False                      # out_dir/NAME_p5.jpg, NAME_p4.jpg: the cells a block selected and attended to
 
 
-def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, max_det=300, nms=True, dtype='float32', device='cpu'):
-    """images: PIL or (h, w, 3) uint8 RGB -> for each an array (n, 6): x1, y1, x2, y2 in its own pixels, score, class."""
+def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, max_det=300, dtype='float32',
+                  device=None):
+    """
+    images: PIL or (h, w, 3) uint8 RGB -> for each an array (n, 6): x1, y1, x2, y2 in its own pixels, score, class.
+    device: where the model is, which is the default.
+    """
+    if device is None:
+        device = next((str(p.device) for p in model.parameters()), 'cpu')             # an ONNX model has no parameters
     shape, groups = input_shape(model, imgsz), collections.defaultdict(list)
     for i, image in enumerate(images):
         size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-        fits = shape if getattr(model, 'fixed', None) or isinstance(imgsz, tuple) else rect_shape([size], max(shape), pad=0)
-        groups[fits].append((i, size, *letterbox(image, fits)))
+        given = model.fixed_imgsz or isinstance(imgsz, tuple)
+        group = shape if given else rect_shape([size], max(shape), pad=0)
+        groups[group].append((i, size, *letterbox(image, group)))
     results = [None] * len(images)
     for group in groups.values():
         for first in range(0, len(group), batch_size):
-            some = group[first:first + batch_size]
-            (rows,), _, _ = predict(model, [item[2] for item in some], (nms_iou,), conf, max_det, False, nms, dtype, device)
-            for (i, size, _, scale, corner), d in zip(some, rows, strict=True):
+            batch = group[first:first + batch_size]
+            (rows,), _, _ = predict(model, [item[2] for item in batch], (nms_iou,), conf, max_det, dtype=dtype,
+                                    device=device)
+            for (i, size, _, scale, corner), d in zip(batch, rows, strict=True):
                 results[i] = undo_letterbox(d, scale, corner, size)
     return results
 
@@ -75,15 +86,20 @@ def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, 
 def list_images(source):
     """The files that the source names, in order."""
     if not source:
-        raise InputError("nothing to look at: python detect.py SOURCE, where SOURCE is an image, a folder, a 'glob*' or a list.txt")
+        raise InputError("no source: python detect.py SOURCE, where SOURCE is an image, a folder, a 'glob*' or "
+                         'a list.txt')
     if os.path.isdir(source):
-        files = [os.path.join(source, name) for name in sorted(os.listdir(source)) if name.lower().endswith(SUFFIXES)]
+        names = [name for name in sorted(os.listdir(source)) if name.lower().endswith(SUFFIXES)]
+        files = [os.path.join(source, name) for name in names]
     elif source.endswith('.txt') and os.path.isfile(source):
         with open(source, encoding='utf-8') as f:
             lines = [line.strip() for line in f if line.strip()]
-        files = [line if os.path.exists(line) else os.path.join(os.path.dirname(source), line) for line in lines]
+        folder = os.path.dirname(source)
+        files = [line if os.path.exists(line) else os.path.join(folder, line) for line in lines]
+    elif os.path.isfile(source):
+        files = [source]
     else:
-        files = [source] if os.path.isfile(source) else sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
+        files = sorted(file for file in glob.glob(source, recursive=True) if os.path.isfile(file))
     if not files:
         raise InputError(f"{source}: no image there, give an image, a folder, a 'glob*' in quotes or a list.txt")
     return files
@@ -102,115 +118,125 @@ def output_names(files):
     return names
 
 
-def draw_tokens(model, image, path, **settings):
+def selecting_blocks(model):
+    """Level -> the module that selects tokens and has attention(x), of those attention blocks that do."""
+    mixers = {level: block.mixer if isinstance(block, Gated) else block for level, block in model.blocks().items()}
+    return {level: mixer for level, mixer in mixers.items()
+            if isinstance(mixer, SparseGlobalBlock) and mixer.select != 'none'}    # none: nobody attends, the control
+
+
+@torch.no_grad()
+def show_tokens(model, image, path, **settings):
     """
-    For each sparse block a picture path_pN.jpg of the network's input, padding included. Left: the cells that were
-    selected stay light. Right, in red: how much the one nearest to the best object's centre (white) attends to each.
+    For each block that selects tokens a picture path_p5.jpg (plots.draw_tokens), and a printed line: which cells of the
+    padded network input were selected, and the attention weights, averaged over heads, of the selected cell nearest to
+    the centre of the best object. settings: detect_images's.
     """
-    seen = {}
-    hooks = [block.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]})) for name, block in model.blocks().items()]
+    seen, blocks = {}, selecting_blocks(model)
+    hooks = [block.register_forward_pre_hook(lambda _, x, level=level: seen.update({level: x[0]}))
+             for level, block in blocks.items()]
     (rows,) = detect_images(model, [image], **settings)
     for hook in hooks:
         hook.remove()
-    for name, x in seen.items():
-        block = model.blocks()[name]
-        if block.select == 'none':                                   # the control: nobody attends
-            continue
-        with torch.no_grad():
-            selected, weights = block.attention(x.float())           # (1, k), (1, heads, k, k)
-        selected, weights = selected[0].cpu().numpy(), weights[0].mean(0).cpu().numpy()       # (k,), (k, k)
+    for level, x in seen.items():
         _, _, h, w = x.shape
-        stride = 2 ** int(name[1])
+        stride = 2 ** int(level[1])
+        selected, weights = blocks[level].attention(x.float())                        # (1, k), (1, heads, k, k)
+        selected, weights = selected[0].cpu().numpy(), weights[0].mean(0).cpu().numpy()               # (k,), (k, k)
         _, scale, corner = letterbox(image, (h * stride, w * stride))
-        canvas = Image.new('RGB', (round(w * stride / scale), round(h * stride / scale)), (PAD_VALUE,) * 3)
-        offset = round(corner[0] / scale), round(corner[1] / scale)
-        canvas.paste(image, offset)
-
-        def shade(values, colour, canvas=canvas, shape=(h, w)):
-            """The canvas with a colour laid over its cells, as strongly as values (N,) in 0..1 say."""
-            mask = Image.fromarray((values.reshape(shape) * 255).astype(np.uint8)).resize(canvas.size, Image.NEAREST)
-            return Image.composite(Image.new('RGB', canvas.size, colour), canvas, mask)
-
-        chosen = np.zeros(h * w)
-        chosen[selected] = 1
-        panels, said = [shade(0.7 * (1 - chosen), (0, 0, 0))], ''
-        centres = (np.stack(np.divmod(np.arange(h * w), w)[::-1], 1) + 0.5) * stride          # (N, 2) x, y in network pixels
-        padding = ((centres < corner) | (centres > corner + np.array(image.size) * scale)).any(1)
+        y, x = np.divmod(np.arange(h * w), w)
+        centres = (np.stack((x, y), 1) + 0.5) * stride                                # (N, 2) in input pixels
+        padding = ((centres < corner) | (centres > corner + np.array(image.size) * scale)).any(1)     # (N,)
+        row, focus, heat, note = None, None, None, ''
         if len(rows):
-            middle = (rows[0, :2] + rows[0, 2:4]) / 2 * scale + corner
-            nearest, heat = ((centres[selected] - middle) ** 2).sum(1).argmin(), np.zeros(h * w)
-            heat[selected] = weights[nearest]
-            panel = shade(0.8 * heat / heat.max(), (255, 40, 0), canvas=shade(np.full(h * w, 0.4), (0, 0, 0)))
-            panel = draw_boxes(panel, rows[:1, :4] + np.tile(offset, 2), rows[:1, 5], model.names, rows[:1, 4])
-            x, y = (centres[selected[nearest]] - stride / 2) / scale
-            ImageDraw.Draw(panel).rectangle((x, y, x + stride / scale, y + stride / scale), outline='white', width=2)
-            panels.append(panel)
-            said = f'; the one at the best object looks at one of them {heat.max() * len(selected):.1f} times as hard as at the average'
-        image_grid = Image.new('RGB', (canvas.width * len(panels), canvas.height))
-        for i, panel in enumerate(panels):
-            image_grid.paste(panel, (i * canvas.width, 0))
-        image_grid.save(f'{path}_{name}.jpg', quality=92)
-        print(f'\n{path}_{name}.jpg: {len(selected)} of {h * w} cells selected, {chosen[padding].sum():.0f} of {padding.sum()} in the padding{said}')
+            row = rows[0]
+            centre = (row[:2] + row[2:4]) / 2 * scale + corner
+            nearest = ((centres[selected] - centre) ** 2).sum(1).argmin()
+            focus, heat = selected[nearest], weights[nearest]
+            note = f'; the largest weight at the best object is {heat.max() * len(selected):.1f} times the mean'
+        draw_tokens(image, corner, scale, (h, w), stride, selected, heat, focus, row, model.names,
+                    f'{path}_{level}.jpg')
+        print(f'\n{path}_{level}.jpg: {len(selected)} of {h * w} cells selected, {padding[selected].sum()} of '
+              f'{padding.sum()} in the padding{note}')
+
+
+def read_batches(files):
+    """Lists of (i, image or InputError) for files[i], batch_size at a time; threads read the next batch meanwhile."""
+    def read(i):
+        try:
+            return i, load_image(files[i])
+        except InputError as e:
+            return i, e
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, cpu_count())) as pool:
+        ahead = [pool.submit(read, i) for i in range(min(batch_size, len(files)))]
+        while ahead:
+            batch = [job.result() for job in ahead]
+            first = batch[-1][0] + 1
+            ahead = [pool.submit(read, i) for i in range(first, min(first + batch_size, len(files)))]
+            yield batch
+
+
+def coco_results(rows, image_id, file, names):
+    """Detections (n, 6) -> dicts in COCO's results format, with the file's name and the class's beside the ids."""
+    return [dict(image_id=image_id, category_id=int(label) + 1, score=round(score, 6), file_name=os.path.basename(file),
+                 category=names[int(label)], bbox=[round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)])
+            for x1, y1, x2, y2, score, label in rows.tolist()]
+
+
+def save_yolo(rows, size, path):
+    """Detections (n, 6) in an image of size (w, h) -> a text file: class, centre x, y, w, h as shares, score."""
+    w, h = size
+    with open(path, 'w', encoding='utf-8') as f:
+        for x1, y1, x2, y2, score, label in rows.tolist():
+            shares = (x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h
+            f.write(f'{int(label)} {" ".join(f"{v:.6f}" for v in shares)} {score:.5f}\n')
 
 
 def main():
     files = list_images(source)
-    model = load_model(weights, device)
-    if tokens and not (isinstance(model, HSVDET) and model.blocks()):
-        raise InputError(f'--tokens=True: {weights} has no sparse blocks to look into, give a .pt trained with attn such as -SS')
-    settings = dict(imgsz=imgsz, batch_size=batch_size, conf=conf, nms_iou=nms_iou, max_det=max_det, nms=nms, dtype=dtype, device=device)
+    model = load_model(weights, device, nms=nms)
+    if tokens and not selecting_blocks(model):
+        raise InputError(f'--tokens=True: {weights} has no blocks that select tokens, give a .pt trained with attn '
+                         'such as -SS')
     input_shape(model, imgsz)
     if save_images and any(os.path.abspath(os.path.dirname(file)) == os.path.abspath(out_dir) for file in files):
         raise InputError(f'--out_dir={out_dir} is the folder of the images, which would be overwritten: name another')
     try:
-        os.makedirs(os.path.join(out_dir, 'labels' * save_txt), exist_ok=True)
+        os.makedirs(os.path.join(out_dir, 'labels') if save_txt else out_dir, exist_ok=True)
     except OSError as e:
         raise InputError(f'--out_dir={out_dir} cannot be written ({e.strerror}): name another') from None
+    settings = dict(imgsz=imgsz, batch_size=batch_size, conf=conf, nms_iou=nms_iou, max_det=max_det, dtype=dtype)
     names = output_names(files)
-    ids = [int(name) for name in names] if all(name.isdecimal() for name in names) else list(range(1, len(files) + 1))
-    found, unreadable, done, start = [], [], 0, time.perf_counter()
-
-    def read(file):
-        try:
-            return load_image(file)
-        except InputError as e:
-            return e
-
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        chunks = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]
-        ahead = [pool.submit(read, files[i]) for i in chunks[0]]
-        for c, chunk in enumerate(chunks):
-            loaded = [(i, job.result()) for i, job in zip(chunk, ahead, strict=True)]
-            ahead = [pool.submit(read, files[i]) for i in chunks[c + 1]] if c + 1 < len(chunks) else []
-            for _, e in loaded:
-                if isinstance(e, InputError):
-                    unreadable.append(e)
-                    print(f'\nskipped: {e}', file=sys.stderr)
-            loaded = [(i, image) for i, image in loaded if not isinstance(image, InputError)]
-            for (i, image), rows in zip(loaded, detect_images(model, [image for _, image in loaded], **settings), strict=True):
-                (w, h), path = image.size, os.path.join(out_dir, names[i])
-                if save_images:
-                    draw_boxes(image, rows[:, :4], rows[:, 5], model.names, rows[:, 4]).save(f'{path}.jpg', quality=92)
-                if tokens:
-                    draw_tokens(model, image, path, **settings)
-                lines = []
-                for x1, y1, x2, y2, score, label in rows.tolist():
-                    shares = (x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h
-                    lines.append(f'{int(label)} {" ".join(f"{v:.6f}" for v in shares)} {score:.5f}\n')
-                    found.append(dict(image_id=ids[i], category_id=int(label) + 1, bbox=[round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)],
-                                      score=round(score, 6), file_name=os.path.basename(files[i]), category=model.names[int(label)]))
-                if save_txt:
-                    with open(os.path.join(out_dir, 'labels', f'{names[i]}.txt'), 'w', encoding='utf-8') as f:
-                        f.writelines(lines)
-            done, spent = done + len(chunk), time.perf_counter() - start
-            left = spent / done * (len(files) - done)
-            print(f'\r{done}/{len(files)} images, {len(found)} objects, {done / spent:.1f} images/s, {left:.0f} s left  ', end='', flush=True)
+    ids = [int(name) for name in names] if all(name.isdecimal() for name in names) else range(1, len(files) + 1)
+    found, unreadable, done, start = [], 0, 0, time.perf_counter()
+    for batch in read_batches(files):
+        for _, error in batch:
+            if isinstance(error, InputError):
+                unreadable += 1
+                print(f'\nskipped: {error}', file=sys.stderr)
+        loaded = [(i, image) for i, image in batch if not isinstance(image, InputError)]
+        results = detect_images(model, [image for _, image in loaded], **settings)
+        for (i, image), rows in zip(loaded, results, strict=True):
+            path = os.path.join(out_dir, names[i])
+            if save_images:
+                page = draw_boxes(image, rows[:, :4], rows[:, 5], model.names, rows[:, 4])
+                page.save(f'{path}.jpg', quality=92)
+            if tokens:
+                show_tokens(model, image, path, **settings)
+            found += coco_results(rows, ids[i], files[i], model.names)
+            if save_txt:
+                save_yolo(rows, image.size, os.path.join(out_dir, 'labels', f'{names[i]}.txt'))
+        done, spent = done + len(batch), time.perf_counter() - start
+        left = spent / done * (len(files) - done)
+        print(f'\r{done}/{len(files)} images, {len(found)} objects, {done / spent:.1f} images/s, {left:.0f} s left  ',
+              end='', flush=True)
     if save_json:
         with open(os.path.join(out_dir, 'detections.json'), 'w', encoding='utf-8') as f:
             json.dump(found, f)
-    print(f'\n{out_dir}: {len(files) - len(unreadable)} images, {len(found)} objects of score {conf} and up')
+    print(f'\n{out_dir}: {len(files) - unreadable} images, {len(found)} objects of score {conf} and up')
     if unreadable:
-        print(f'{len(unreadable)} of {len(files)} files could not be read (named above): exit status 1', file=sys.stderr)
+        print(f'{unreadable} of {len(files)} files could not be read (named above): exit status 1', file=sys.stderr)
     return 1 if unreadable else 0
 
 

@@ -6,8 +6,9 @@ What the network is trained on: boxes compared (IoU, GIoU, CIoU), objects assign
     dfl   two-bin cross entropy   between the 16-bin side distributions and the sides  x 1.5
 
 Every point has one job: it is background, or it answers for exactly one object. `assign` decides which, anew at every
-step, from what the network says itself: the ten points inside an object's box that already describe it best (class score
-and overlap) are the ones taught to describe it better, and the soft class target tells each how good it is among them.
+step, from what the network says itself: the ten points inside an object's box that already describe it best (class
+score and overlap) are the ones taught to describe it better, and the soft class target tells each how good it is
+among them.
 
 Boxes are xyxy in pixels of the network input everywhere. Nothing here imports anything of ours.
 
@@ -34,9 +35,9 @@ def bbox_iou(a, b, kind='iou', eps=1e-7):
     """
     Elementwise IoU, GIoU or CIoU of a and b, both (..., 4) -> (...).
 
-    IoU says nothing about boxes that do not touch. GIoU subtracts the share of the enclosing box that neither covers. CIoU
-    subtracts the squared distance of the centres over the squared diagonal of the enclosing box, and a penalty for another
-    aspect ratio, weighted by how much the boxes already overlap (a weight that is not differentiated).
+    IoU says nothing about boxes that do not touch. GIoU subtracts the share of the enclosing box that neither covers.
+    CIoU subtracts the squared distance of the centres over the squared diagonal of the enclosing box, and a penalty
+    for another aspect ratio, weighted by how much the boxes already overlap (a weight that is not differentiated).
     """
     ax1, ay1, ax2, ay2 = a.unbind(-1)
     bx1, by1, bx2, by2 = b.unbind(-1)
@@ -53,7 +54,7 @@ def bbox_iou(a, b, kind='iou', eps=1e-7):
         enclosing_area = enclosing_w * enclosing_h + eps
         return iou - (enclosing_area - union) / enclosing_area
     distance = ((ax1 + ax2 - bx1 - bx2) / 2) ** 2 + ((ay1 + ay2 - by1 - by2) / 2) ** 2
-    angle = torch.atan2(aw, ah.clamp(min=eps)) - torch.atan2(bw, bh.clamp(min=eps))   # of the diagonals, 0 to pi / 2 each
+    angle = torch.atan2(aw, ah.clamp(min=eps)) - torch.atan2(bw, bh.clamp(min=eps))   # of the diagonals
     shape = (angle * 2 / math.pi) ** 2
     weight = (shape / (1 - iou + shape + eps)).detach()
     return iou - distance / (enclosing_w.square() + enclosing_h.square() + eps) - weight * shape
@@ -102,7 +103,7 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
     Task-aligned assignment (Feng et al. 2021), memory bounded however many objects there are.
 
     scores (B, A, K) probabilities, boxes (B, A, 4), points (A, 2), gt_labels (B, M) with -1 for padding, gt_boxes
-    (B, M, 4) -> owner (B, A), the object's index or -1 for background, and target_scores (B, A, K) in 0..1.
+    (B, M, 4) -> assigned_gt_idx (B, A), the object's index or -1 for background, and target_scores (B, A, K) in 0..1.
 
     All objects of the batch form one list of G objects, worked through in chunks of `budget` object-point pairs, so
     that 2,000 objects on 33,600 points need tens of megabytes instead of gigabytes (about 200 where all boxes cover the
@@ -118,42 +119,43 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
         return assigned_gt_idx, target_scores
     scores, boxes = scores.reshape(-1, K), boxes.reshape(-1, 4)                       # (B * A, K), (B * A, 4)
 
-    # 1) an object bids for the points inside its box: bid = score^alpha * CIoU^beta; its topk best bids are its claims
-    num_claims = torch.zeros(B * A, dtype=torch.long, device=scores.device)               # how many objects claim this point
-    claiming_gt = torch.zeros_like(num_claims)                                               # one of them (it, if it is the only one)
-    best = torch.full_like(num_claims, -1)                                                # who overlaps this point's box most
+    # 1) an object claims the topk points inside its box with the highest alignment metric, score^alpha * CIoU^beta
+    num_claims = torch.zeros(B * A, dtype=torch.long, device=scores.device)         # how many objects claim this point
+    claiming_gt = torch.zeros_like(num_claims)                                # one of them (it, if it is the only one)
+    best = torch.full_like(num_claims, -1)                                         # who overlaps this point's box most
     step = max(1, budget // A)
     for first in range(0, G, step):
         g = slice(first, first + step)
         x1, y1, x2, y2 = box[g, :, None].unbind(1)                                    # (g, 1) each
-        inside = (points[:, 0] > x1) & (points[:, 0] < x2) & (points[:, 1] > y1) & (points[:, 1] < y2)    # (g, A)
+        inside = (points[:, 0] > x1) & (points[:, 0] < x2) & (points[:, 1] > y1) & (points[:, 1] < y2)  # (g, A)
         o, a = inside.nonzero(as_tuple=True)                                          # (P,) object-point pairs
         at = image[g][o] * A + a                                                      # (P,) the point in its batch
-        iou = ciou(box[g][o], boxes[at]).clamp_(min=0)                    # (P,)
+        iou = ciou(box[g][o], boxes[at]).clamp_(min=0)                                # (P,)
         alignment_metric = scores[at, label[g][o]] ** alpha * iou ** beta
-        metrics = torch.zeros(inside.shape, dtype=alignment_metric.dtype, device=alignment_metric.device)          # (g, A)
+        metrics = torch.zeros(inside.shape, dtype=alignment_metric.dtype, device=alignment_metric.device)  # (g, A)
         metrics[o, a] = alignment_metric
-        top, point = metrics.topk(min(topk, A), 1)                                       # (g, topk)
-        rank, place = (top > 0).nonzero(as_tuple=True)                                # no bid, no claim
+        top, point = metrics.topk(min(topk, A), 1)                                    # (g, topk)
+        rank, place = (top > 0).nonzero(as_tuple=True)                                # metric 0: no claim
         claimed = image[g][rank] * A + point[rank, place]
         num_claims.index_add_(0, claimed, torch.ones_like(claimed))
         claiming_gt[claimed] = rank + first
-        # the IoU's bits order like the IoU; with the object below them, one maximum finds the best and, of equals, the first
+        # the IoU's bits order like the IoU; with the object below them, one maximum finds the best and, of equals,
+        # the first
         key = (iou.float().view(torch.int32).long() << 32) + (G - 1 - first - o)
         best.scatter_reduce_(0, at, key, 'amax')
 
     # 2) a point claimed by several goes to the object with the highest IoU among all that contain it
-    mine = torch.where(num_claims > 1, G - 1 - (best & 0xffffffff), claiming_gt)             # (B * A,) into the list of G
-    at = num_claims.nonzero()[:, 0]                                                       # (F,) foreground points
-    mine = mine[at]
-    assigned_gt_idx.view(-1)[at] = slot[mine]
+    gt_idx = torch.where(num_claims > 1, G - 1 - (best & 0xffffffff), claiming_gt)    # (B * A,) into the list of G
+    at = num_claims.nonzero()[:, 0]                                                   # (F,) foreground points
+    gt_idx = gt_idx[at]
+    assigned_gt_idx.view(-1)[at] = slot[gt_idx]
 
-    # 3) soft targets: an object's best point gets its IoU as target, the others in proportion to their bids
-    iou = ciou(box[mine], boxes[at]).clamp_(min=0)                        # (F,)
-    alignment_metric = scores[at, label[mine]] ** alpha * iou ** beta
-    max_metric = torch.zeros(G, dtype=alignment_metric.dtype, device=alignment_metric.device).scatter_reduce_(0, mine, alignment_metric, 'amax')
-    max_iou = torch.zeros_like(max_metric).scatter_reduce_(0, mine, iou, 'amax')
-    target_scores.view(-1, K)[at, label[mine]] = alignment_metric * max_iou[mine] / (max_metric[mine] + eps)
+    # 3) soft targets: an object's best point gets its IoU as target, the others in proportion to their alignment metric
+    iou = ciou(box[gt_idx], boxes[at]).clamp_(min=0)                                  # (F,)
+    alignment_metric = scores[at, label[gt_idx]] ** alpha * iou ** beta
+    max_metric = alignment_metric.new_zeros(G).scatter_reduce_(0, gt_idx, alignment_metric, 'amax')
+    max_iou = torch.zeros_like(max_metric).scatter_reduce_(0, gt_idx, iou, 'amax')
+    target_scores.view(-1, K)[at, label[gt_idx]] = alignment_metric * max_iou[gt_idx] / (max_metric[gt_idx] + eps)
     return assigned_gt_idx, target_scores
 
 
@@ -174,33 +176,36 @@ def dfl(sides, length):
     return -(at_low * (low + 1 - length) + at_high * (length - low)).mean(1)
 
 
-def detection_loss(maps, targets, loss_weights=(7.5, 0.5, 1.5), topk=10, reduce=True):
+def detection_loss(maps, targets, loss_weights=(7.5, 0.5, 1.5), topk=10):
     """
-    maps: three raw tensors (B, 64 + K, H, W) at strides 8, 16, 32; targets: dict(labels=(B, M), boxes=(B, M, 4)).
-    -> dict(box=, cls=, dfl=): scalars, weighted by `loss_weights`, that sum to the loss.
+    maps: three raw maps (B, 64 + K, H, W); targets: labels (B, M) with -1 for padding, boxes (B, M, 4) in pixels
+    -> sums, normalizer: dict(box=, cls=, dfl=) of scalars, weighted by `loss_weights`, and the scalar that each is to
+    be divided by, the sum of the target scores (at least 1).
 
-    Each is divided by the sum of the target scores (at least 1). With reduce=False they are plain sums, and 'normalizer' is
-    that divisor: sums over micro-batches and ranks can then be divided once, by the divisor of the whole batch, which
-    no part of it knows alone. An image or batch without objects keeps the graph: its box terms are sums over nothing.
+    They come undivided so that sums over micro-batches and ranks can be divided once, by the normalizer of the whole
+    batch, which no part of it knows alone; total_loss does it for one batch. An image or batch without objects keeps
+    the graph: its box terms are sums over nothing.
     """
     sides, logits = flatten_maps(maps)                                                # (B, A, 64), (B, A, K)
-    points, strides = make_anchor_points(maps)                                               # (A, 2), (A, 1)
+    points, strides = make_anchor_points(maps)                                        # (A, 2), (A, 1)
     labels, gt_boxes = targets['labels'], targets['boxes'].to(sides.dtype)
     with torch.no_grad():
-        boxes = decode_boxes(sides, points, strides)                                # (B, A, 4)
+        boxes = decode_boxes(sides, points, strides)                                  # (B, A, 4)
     assigned_gt_idx, target_scores = assign(logits.detach().sigmoid(), boxes, points, labels, gt_boxes, topk)
 
-    b, a = (assigned_gt_idx >= 0).nonzero(as_tuple=True)                                        # (F,) foreground points
+    b, a = (assigned_gt_idx >= 0).nonzero(as_tuple=True)                              # (F,) foreground points
     weight = target_scores[b, a].sum(1)                                               # (F,)
-    gt = gt_boxes[b, assigned_gt_idx[b, a]]                                                     # (F, 4)
-    mine = sides[b, a]                                                                # (F, 64)
-    box_loss = ((1 - ciou(decode_boxes(mine, points[a], strides[a]), gt)) * weight).sum()
+    gt = gt_boxes[b, assigned_gt_idx[b, a]]                                           # (F, 4)
+    fg_sides = sides[b, a]                                                            # (F, 64)
+    box_loss = ((1 - ciou(decode_boxes(fg_sides, points[a], strides[a]), gt)) * weight).sum()
     length = torch.cat((points[a] - gt[:, :2], gt[:, 2:] - points[a]), 1) / strides[a]
-    dfl_loss = (dfl(mine.unflatten(1, (4, 16)), length) * weight).sum()
+    dfl_loss = (dfl(fg_sides.unflatten(1, (4, 16)), length) * weight).sum()
     cls_loss = F.binary_cross_entropy_with_logits(logits, target_scores, reduction='sum')
 
-    losses = dict(box=loss_weights[0] * box_loss, cls=loss_weights[1] * cls_loss, dfl=loss_weights[2] * dfl_loss)
-    normalizer = target_scores.sum()
-    if not reduce:
-        return {**losses, 'normalizer': normalizer}
-    return {name: value / normalizer.clamp(min=1) for name, value in losses.items()}
+    sums = dict(box=loss_weights[0] * box_loss, cls=loss_weights[1] * cls_loss, dfl=loss_weights[2] * dfl_loss)
+    return sums, target_scores.sum()
+
+
+def total_loss(losses):
+    """A detector's losses, {part: (sums, normalizer)}, of one batch -> the scalar to call backward() on."""
+    return sum(sum(sums.values()) / normalizer.clamp(min=1) for sums, normalizer in losses.values())

@@ -1,11 +1,15 @@
 """
-The network: YOLOv8, with a gated sparse global attention block at P5 and P4. Small to large; the last class is the model.
+The network: YOLOv8, with a gated sparse global attention block at P5 and P4. Small to large; the last class is the
+model.
 
     python model.py                                    the layer table, scale l at 1088x1920
     python model.py --scale=n --imgsz=640 --attn=---   any other
 
 `HSVDET(HSVDETConfig())(images, targets)` returns raw maps and losses; `detect(images)` is what `generate` is to a
 language model. Input sides must divide by 32 (1,080 rows do not: layer 16 would join 136 rows with 135).
+
+A detector, here and in baselines/, is `forward(images, targets=None) -> raw, losses` and `postprocess(raw, ...) ->`
+a list of (n, 6); train, eval, detect and export ask for nothing else, so that a second architecture fits.
 
 With attn='---' this is YOLOv8 layer for layer, and `from_pretrained` reads its published checkpoints. What YOLOv8 is we
 know from papers, tables and the arrays under tests/reference, to which tests/test_model.py holds this file equal.
@@ -14,26 +18,21 @@ Papers: cross-stage partial networks, Wang et al. 2019 (1911.11929); SPP, He et 
 2018 (1803.01534); anchor-free points, FCOS, Tian et al. 2019 (1904.01355); distribution focal loss, Li et al. 2020
 (2006.04388); one-to-one head, YOLOv10, Wang et al. 2024 (2405.14458). The block has its own file.
 """
-import collections
 import contextlib
 import copy
 import math
-import pickle
-import types
-import zipfile
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError
+from attention import HELP, make_block
+from checkpoint import fill, read_weights
+from configurator import InputError, build, configure
 from loss import decode_boxes, detection_loss, flatten_maps, make_anchor_points
-from sparse_attention import SparseGlobalBlockGated
 
-torch.backends.cudnn.allow_tf32 = False                            # on a GPU float32 means float32, also in convolutions
-
-SCALES = {  # depth, width, largest channel count before width
+SCALES = {                                                           # depth, width, largest channel count before width
     'n': (0.33, 0.25, 1024),
     's': (0.33, 0.50, 1024),
     'm': (0.67, 0.75, 768),
@@ -44,27 +43,31 @@ SCALES = {  # depth, width, largest channel count before width
 
 @dataclass
 class HSVDETConfig:
-    scale: str = 'n'             # n s m l x
+    scale: str = 'n'                                                                  # n s m l x
     num_classes: int = 80
-    attn: str = '-SS'            # P3 P4 P5: '-' none, 'S' sparse, 'F' full, 'D' the block's dense path alone (a control)
-    k: int | float = 512         # tokens that attend: a count, a fraction of all below 1, 0 for all
-    select: str = 'l2sq'         # l2sq l2 random learned
-    gate: str = 'learned'        # learned fixed none
-    heads: int = 1               # attention heads
-    pos: bool = False            # positional code for q and k
-    one2one: bool = False        # a second head that needs no NMS
+    attn: str = '-SS'                # a letter each for P3 P4 P5: '-' none, 'S' sparse, 'F' full, more in attention.py
+    k: int | float = 512                            # tokens that attend: a count, a fraction of all below 1, 0 for all
+    select: str = 'l2sq'                                                              # l2sq l2 random learned
+    gate: str = 'learned'                                                             # learned fixed none
+    heads: int = 1                                                                    # attention heads
+    pos: bool = False                                                                 # positional code for q and k
+    one2one: bool = False                                                             # a second head that needs no NMS
 
     def __post_init__(self):
-        for ok, sentence in (
+        for ok, message in (
                 (self.scale in SCALES, f'scale must be one of n s m l x, got {self.scale!r}'),
-                (type(self.num_classes) is int and self.num_classes >= 1, f'num_classes must be at least 1, got {self.num_classes!r}'),
-                (len(self.attn) == 3 and set(self.attn) <= set('-SFD'), f'attn has one of - S F D for each of P3 P4 P5, got {self.attn!r}'),
-                (type(self.k) is int and self.k >= 0 or 0 < self.k < 1, f'k must be a count, a fraction below 1, or 0 for all, got {self.k!r}'),
-                (self.select in ('l2sq', 'l2', 'random', 'learned'), f'select must be l2sq, l2, random or learned, got {self.select!r}'),
+                (type(self.num_classes) is int and self.num_classes >= 1,
+                 f'num_classes must be at least 1, got {self.num_classes!r}'),
+                (len(self.attn) == 3 and set(self.attn) <= set(HELP),
+                 f'attn has one of {" ".join(HELP)} for each of P3 P4 P5, got {self.attn!r}'),
+                (type(self.k) is int and self.k >= 0 or 0 < self.k < 1,
+                 f'k must be a count, a fraction below 1, or 0 for all, got {self.k!r}'),
+                (self.select in ('l2sq', 'l2', 'random', 'learned'),
+                 f'select must be l2sq, l2, random or learned, got {self.select!r}'),
                 (self.gate in ('learned', 'fixed', 'none'), f'gate must be learned, fixed or none, got {self.gate!r}'),
                 (self.heads in (1, 2, 4, 8, 16), f'heads must be 1, 2, 4, 8 or 16, got {self.heads!r}')):
             if not ok:
-                raise InputError(sentence)
+                raise InputError(message)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -191,7 +194,9 @@ def nms(boxes, scores, labels, iou_threshold, max_det=300):
 
     def suppresses(a, b):
         """(len(a), len(b)): does box a suppress box b? inter / union > t, written without a division."""
-        inter = (torch.minimum(boxes[a, None, 2:], boxes[None, b, 2:]) - torch.maximum(boxes[a, None, :2], boxes[None, b, :2])).clamp_(min=0).prod(2)
+        lt = torch.maximum(boxes[a, None, :2], boxes[None, b, :2])                    # (len(a), len(b), 2)
+        rb = torch.minimum(boxes[a, None, 2:], boxes[None, b, 2:])                    # (len(a), len(b), 2)
+        inter = (rb - lt).clamp_(min=0).prod(2)
         return (inter > iou_threshold * (area[a, None] + area[None, b] - inter)) & (labels[a, None] == labels[None, b])
 
     while first < len(order) and len(kept) < max_det:
@@ -215,7 +220,7 @@ def nms(boxes, scores, labels, iou_threshold, max_det=300):
 
 def select_detections(boxes, scores, conf, iou, max_det, multi_label, use_nms, max_candidates=30000):
     """One image: boxes (A, 4), scores (A, K) -> (n, 6) rows x1, y1, x2, y2, score, class, by falling score."""
-    if multi_label:                                                                   # a point may name several classes
+    if multi_label:                                                                  # a point may name several classes
         point, label = (scores > conf).nonzero(as_tuple=True)
         score = scores[point, label]
     else:
@@ -225,14 +230,76 @@ def select_detections(boxes, scores, conf, iou, max_det, multi_label, use_nms, m
     if len(point) > max_candidates:
         best = score.argsort(descending=True, stable=True)[:max_candidates]
         point, label, score = point[best], label[best], score[best]
-    keep = nms(boxes[point], score, label, iou, max_det) if use_nms else score.argsort(descending=True, stable=True)[:max_det]
+    if use_nms:
+        keep = nms(boxes[point], score, label, iou, max_det)
+    else:
+        keep = score.argsort(descending=True, stable=True)[:max_det]
     return torch.cat((boxes[point[keep]], score[keep, None], label[keep, None].to(boxes.dtype)), 1)
 
 
-BACKBONE = ('stem', 'down2', 'stage2', 'down3', 'stage3', 'down4', 'stage4', 'down5', 'stage5', 'sppf')
-
-
 # --- the model -------------------------------------------------------------------------------------------------------
+
+def call(layer, *x):
+    return layer(*x)
+
+
+def recompute(layer, *x):
+    """layer(*x), its inner activations dropped and computed again in the backward pass: less memory, more time."""
+    return checkpoint(layer, *x, use_reentrant=False,
+                      context_fn=lambda: (contextlib.nullcontext(), freeze_bn_stats(layer)))
+
+
+@contextlib.contextmanager
+def freeze_bn_stats(layer):
+    """While a layer is recomputed for the backward pass its BatchNorms must not count the batch a second time."""
+    norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+            m.num_batches_tracked -= 1
+
+
+def scaled(scale):
+    """The widths of P1 to P5 and the function that scales a number of repeats."""
+    depth, width, largest = SCALES[scale]
+    channels = [math.ceil(min(c, largest) * width / 8) * 8 for c in (64, 128, 256, 512, 1024)]
+    return channels, lambda repeats: max(1, round(repeats * depth))
+
+
+class Backbone(nn.Module):
+    """
+    images (B, 3, H, W) in 0..1 -> P3, P4, P5 at strides 8, 16, 32: rows 0 to 9 of the table below. What every detector
+    of this repository stands on. channels: those of P3, P4, P5.
+    """
+
+    def __init__(self, scale):
+        super().__init__()
+        (c1, c2, c3, c4, c5), n = scaled(scale)
+        self.channels = c3, c4, c5
+        self.stem = Conv(3, c1, 3, 2)
+        self.down2 = Conv(c1, c2, 3, 2)
+        self.stage2 = C2f(c2, c2, n(3), True)
+        self.down3 = Conv(c2, c3, 3, 2)
+        self.stage3 = C2f(c3, c3, n(6), True)
+        self.down4 = Conv(c3, c4, 3, 2)
+        self.stage4 = C2f(c4, c4, n(6), True)
+        self.down5 = Conv(c4, c5, 3, 2)
+        self.stage5 = C2f(c5, c5, n(3), True)
+        self.sppf = SPPF(c5, c5)
+
+    def forward(self, x, run=call):
+        x = run(self.stem, x)                                                         # (B, c1, H/2, W/2)
+        p2 = run(self.stage2, run(self.down2, x))                                     # (B, c2, H/4, W/4)
+        p3 = run(self.stage3, run(self.down3, p2))                                    # (B, c3, H/8, W/8)
+        p4 = run(self.stage4, run(self.down4, p3))                                    # (B, c4, H/16, W/16)
+        p5 = run(self.stage5, run(self.down5, p4))                                    # (B, c5, H/32, W/32)
+        return p3, p4, run(self.sppf, p5)
+
 
 class HSVDET(nn.Module):
     """
@@ -264,43 +331,34 @@ class HSVDET(nn.Module):
     22 | -1, 10    | Concat     |                   | 1024x34x60    | pan_cat5  | joins the enriched P5
     23 | -1        | C2f x3     | 512, False        | 512x34x60     | pan5    | P5 out
     24 | 17,20,23  | Detect     | nc                | P3, P4, P5    | detect_head |
-
     Attributes: cfg; names, a list of K class names; imgsz, the (H, W) it was trained at, or None; checkpointing, set it
-    to recompute activations in the backward pass (less memory, about a third more time).
+    to recompute activations in the backward pass (less memory, about a third more time); nms, whether the answers are
+    those of the one-to-many head, cleaned by NMS (True), or those of the one-to-one head where there is one, as they
+    are (False); fixed_imgsz, the only (H, W) it takes, or None for any.
     """
+
+    LOSSES = ('box', 'cls', 'dfl')                                                    # of each part, for the log
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.names = [f'class{i}' for i in range(cfg.num_classes)]
-        self.imgsz = None
+        self.imgsz, self.fixed_imgsz = None, None
         self.checkpointing = False
-        depth, width, largest = SCALES[cfg.scale]
-        c1, c2, c3, c4, c5 = (math.ceil(min(c, largest) * width / 8) * 8 for c in (64, 128, 256, 512, 1024))
+        self.nms = True
+        (_, _, c3, c4, c5), n = scaled(cfg.scale)
 
-        def n(repeats):
-            return max(1, round(repeats * depth))
-
-        self.stem = Conv(3, c1, 3, 2)
-        self.down2 = Conv(c1, c2, 3, 2)
-        self.stage2 = C2f(c2, c2, n(3), True)
-        self.down3 = Conv(c2, c3, 3, 2)
-        self.stage3 = C2f(c3, c3, n(6), True)
-        self.down4 = Conv(c3, c4, 3, 2)
-        self.stage4 = C2f(c4, c4, n(6), True)
-        self.down5 = Conv(c4, c5, 3, 2)
-        self.stage5 = C2f(c5, c5, n(3), True)
-        self.sppf = SPPF(c5, c5)
-        self.block5 = self.make_block(cfg.attn[2], c5)
+        self.backbone = Backbone(cfg.scale)
+        self.block5 = make_block(cfg.attn[2], c5, cfg)
 
         self.up4 = nn.Upsample(scale_factor=2)
         self.cat4 = Concat()
         self.fpn4 = C2f(c5 + c4, c4, n(3), False)
-        self.block4 = self.make_block(cfg.attn[1], c4)
+        self.block4 = make_block(cfg.attn[1], c4, cfg)
         self.up3 = nn.Upsample(scale_factor=2)
         self.cat3 = Concat()
         self.fpn3 = C2f(c4 + c3, c3, n(3), False)
-        self.block3 = self.make_block(cfg.attn[0], c3)
+        self.block3 = make_block(cfg.attn[0], c3, cfg)
         self.pan_down4 = Conv(c3, c3, 3, 2)
         self.pan_cat4 = Concat()
         self.pan4 = C2f(c3 + c4, c4, n(3), False)
@@ -311,68 +369,52 @@ class HSVDET(nn.Module):
         self.detect_head = Detect((c3, c4, c5), cfg.num_classes)
         self.one2one_head = copy.deepcopy(self.detect_head) if cfg.one2one else None
 
-    def make_block(self, letter, c):
-        if letter == '-':
-            return None
-        k, select = {'S': (self.cfg.k, self.cfg.select), 'F': (0, 'l2sq'), 'D': (0, 'none')}[letter]
-        return SparseGlobalBlockGated(c, k, select, self.cfg.heads, self.cfg.pos, self.cfg.gate)
-
     def blocks(self):
-        """The sparse blocks there are, by level: dict(p4=..., p5=...)."""
-        return {f'p{i}': block for i in (3, 4, 5) if (block := getattr(self, f'block{i}')) is not None}
+        """The attention blocks there are, by level: dict(p4=..., p5=...)."""
+        blocks = dict(p3=self.block3, p4=self.block4, p5=self.block5)
+        return {level: block for level, block in blocks.items() if block is not None}
 
-    def run_layer(self, layer, *x):
-        """layer(*x), its inner activations forgotten and recomputed in the backward pass when `checkpointing` is set."""
-        if not (self.checkpointing and self.training):
-            return layer(*x)
-        return checkpoint(layer, *x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), freeze_bn_stats(layer)))
-
-    def forward_features(self, x):
+    def forward_features(self, images):
         """images (B, 3, H, W) in 0..1 -> the three maps that the head sees, strides 8, 16, 32."""
-        x = self.run_layer(self.stem, x)
-        p2 = self.run_layer(self.stage2, self.run_layer(self.down2, x))
-        p3 = self.run_layer(self.stage3, self.run_layer(self.down3, p2))
-        p4 = self.run_layer(self.stage4, self.run_layer(self.down4, p3))
-        p5 = self.run_layer(self.stage5, self.run_layer(self.down5, p4))
-        p5 = self.run_layer(self.sppf, p5)
+        run = recompute if self.checkpointing and self.training else call
+        p3, p4, p5 = self.backbone(images, run)
         if self.block5 is not None:
             p5 = self.block5(p5)
-        # top-down: what is far up and knows what things are tells those below, which know where they are
-        n4 = self.run_layer(self.fpn4, self.cat4(self.up4(p5), p4))
+        # top-down: the deep maps know what things are and tell the shallow ones, which know where they are
+        n4 = run(self.fpn4, self.cat4(self.up4(p5), p4))
         if self.block4 is not None:
             n4 = self.block4(n4)
-        n3 = self.run_layer(self.fpn3, self.cat3(self.up3(n4), p3))
+        n3 = run(self.fpn3, self.cat3(self.up3(n4), p3))
         if self.block3 is not None:
             n3 = self.block3(n3)
         # bottom-up: and back again
-        m4 = self.run_layer(self.pan4, self.pan_cat4(self.run_layer(self.pan_down4, n3), n4))
-        m5 = self.run_layer(self.pan5, self.pan_cat5(self.run_layer(self.pan_down5, m4), p5))
+        m4 = run(self.pan4, self.pan_cat4(run(self.pan_down4, n3), n4))
+        m5 = run(self.pan5, self.pan_cat5(run(self.pan_down5, m4), p5))
         return n3, m4, m5
 
-    def forward(self, images, targets=None, reduce=True, one2one=False):
+    def forward(self, images, targets=None):
         """
         images (B, 3, H, W) in 0..1, H and W multiples of 32 -> maps, losses.
 
         maps: three raw tensors (B, 64 + K, H / s, W / s), s = 8, 16, 32; 4 sides (left, top, right, bottom) x 16 bins,
-        then class logits; those of the one-to-one head if `one2one`. losses: {} without targets, else what
-        loss.detection_loss returns, plus the same under one2one_* names where that head exists.
+        then class logits. losses: {} without targets, else {part: (weighted sums by name, their divisor)} for the parts
+        one2many and, where that head exists, one2one; see loss.detection_loss and loss.total_loss.
         """
         H, W = images.shape[2:]
         assert H % 32 == 0 and W % 32 == 0, f'image sides must be multiples of 32, got {H}x{W}'
         features = self.forward_features(images)
+        run = recompute if self.checkpointing and self.training else call
         if targets is None:
-            head = self.one2one_head if one2one else self.detect_head
-            return self.run_layer(head, *features), {}
-        maps = self.run_layer(self.detect_head, *features)
+            one2one = not self.nms and self.one2one_head is not None
+            return run(self.one2one_head if one2one else self.detect_head, *features), {}
+        maps = run(self.detect_head, *features)
         with torch.autocast(images.device.type, enabled=False):
-            losses = detection_loss(maps, targets, reduce=reduce)
+            losses = dict(one2many=detection_loss(maps, targets))
         if self.one2one_head is not None:
             # it learns from the same features without shaping them, and one point alone answers for each object
-            single = self.run_layer(self.one2one_head, *(f.detach() for f in features))
+            single = run(self.one2one_head, *(f.detach() for f in features))
             with torch.autocast(images.device.type, enabled=False):
-                more = detection_loss(single, targets, topk=1, reduce=reduce)
-            losses.update({f'one2one_{name}': value for name, value in more.items()})
-            maps = single if one2one else maps
+                losses['one2one'] = detection_loss(single, targets, topk=1)
         return maps, losses
 
     def decode(self, maps):
@@ -380,22 +422,24 @@ class HSVDET(nn.Module):
         sides, logits = flatten_maps(maps)
         return decode_boxes(sides, *make_anchor_points(maps)), logits.sigmoid()
 
-    @torch.no_grad()
-    def detect(self, images, conf=0.25, iou=0.7, max_det=300, multi_label=False, nms=True):
+    def postprocess(self, maps, conf=0.25, iou=0.7, max_det=300, multi_label=False):
         """
-        images (B, 3, H, W) in 0..1 -> a list of (n, 6) tensors: x1, y1, x2, y2 in input pixels, score, class.
+        Raw maps -> a list of (n, 6) tensors: x1, y1, x2, y2 in input pixels, score, class, by falling score; at most
+        max_det of score above conf. multi_label: a point may name several classes, as in evaluation.
+        """
+        boxes, scores = self.decode(maps)
+        return [select_detections(b, s, conf, iou, max_det, multi_label, self.nms)
+                for b, s in zip(boxes, scores, strict=True)]
 
-        nms=False takes the one-to-one head where there is one, and its best scores as they are. Evaluation asks for
-        conf=0.001 and multi_label=True. The model's training mode is left as it was found.
-        """
+    @torch.no_grad()
+    def detect(self, images, **settings):
+        """images (B, 3, H, W) in 0..1 -> detections; settings and result of postprocess. The training mode is kept."""
         was_training = self.training
         self.eval()
         try:
-            maps, _ = self(images, one2one=not nms and self.one2one_head is not None)
+            return self.postprocess(self(images)[0], **settings)
         finally:
             self.train(was_training)
-        boxes, scores = self.decode(maps)
-        return [select_detections(b, s, conf, iou, max_det, multi_label, nms) for b, s in zip(boxes, scores, strict=True)]
 
     def fuse(self):
         """Inference form, in place: BatchNorm folded into convolutions, the blocks' weight products computed once."""
@@ -404,32 +448,33 @@ class HSVDET(nn.Module):
             if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
                 module.fuse()
         for block in self.blocks().values():
-            if block.heads == 1 and block.merged is None:
-                block.merge_projections()
+            block.fuse()
         return self.requires_grad_(False)
+
+    # --- what training asks for -------------------------------------------------------------------------------------
 
     def param_groups(self, lr, weight_decay, factors=None):
         """
-        Optimizer groups by part (backbone, neck, block, head), each twice: what decays, and what must not (biases, norms,
-        and the gate, which decay would pull shut). factors: dict part -> learning-rate factor. Each group has a 'name'.
+        Optimizer groups by part (backbone, neck, block, head), each twice: what decays, and what must not (biases,
+        norms, and the gate, which decay would pull shut). factors: dict part -> learning-rate factor.
         """
-        part_of = dict.fromkeys(BACKBONE, 'backbone') | dict.fromkeys(('block3', 'block4', 'block5'), 'block')
-        part_of |= dict.fromkeys(('detect_head', 'one2one_head'), 'head')
-        groups = {}
-        for name, p in self.named_parameters():
-            if p.requires_grad:
-                part = part_of.get(name.split('.')[0], 'neck')
-                decays = p.ndim > 1
-                group = groups.setdefault(f'{part}.{"decay" if decays else "no_decay"}', dict(
-                    params=[], part=part, lr=lr * (factors or {}).get(part, 1.0), weight_decay=weight_decay if decays else 0.0))
-                group['params'].append(p)
-        return [dict(group, name=name) for name, group in groups.items()]
+        part_of = (('backbone.', 'backbone'), ('block', 'block'), ('detect_head.', 'head'), ('one2one_head.', 'head'),
+                   ('', 'neck'))
+        return make_param_groups(self, part_of, lr, weight_decay, factors)
 
-    # --- weights -------------------------------------------------------------------------------------------------------
+    def loss_parameters(self):
+        """Which parameters the divisor of each part of the losses scales: {part: list}. No parameter is in two."""
+        parts = dict(one2many=[], one2one=[])
+        for name, p in self.named_parameters():
+            parts['one2one' if name.startswith('one2one') else 'one2many'].append(p)
+        return {part: params for part, params in parts.items() if params}
+
+    # --- weights ----------------------------------------------------------------------------------------------------
 
     def checkpoint(self, **more):
         """What from_pretrained needs (weights in full precision), and whatever else is passed, as one dict."""
-        return dict(model=self.state_dict(), model_config=asdict(self.cfg), names=self.names, imgsz=self.imgsz, **more)
+        return dict(arch='hsvdet', model=self.state_dict(), model_config=asdict(self.cfg), names=self.names,
+                    imgsz=self.imgsz, **more)
 
     def save(self, path, **more):
         torch.save(self.checkpoint(**more), path)
@@ -437,222 +482,87 @@ class HSVDET(nn.Module):
     @classmethod
     def from_pretrained(cls, path, verbose=True, **overrides):
         """
-        A model with the weights of `path`: our own checkpoint (its EMA weights, where it has them) or a YOLOv8 .pt file,
-        which is read without Ultralytics and without running any code that it may carry. Overrides are HSVDETConfig's
-        fields. Parts that the file cannot know start fresh and are named: sparse blocks, a one-to-one head, and the
-        class branch when the number of classes differs. Anything else that fails to match raises InputError.
+        A model with the weights of `path`: a checkpoint of ours (its EMA weights, where it has them) or a YOLOv8 .pt
+        file, which is read without Ultralytics and without running any code that it may carry. Overrides are
+        HSVDETConfig's fields. Parts that the file cannot know start fresh and are named: attention blocks, a one-to-one
+        head, the class branch when the number of classes differs, and, after another architecture, all but the
+        backbone. Anything else that fails to match raises InputError.
         """
-        saved = read_checkpoint(path)
-        try:
-            if 'model_config' in saved:
-                config, weights, names = saved['model_config'], saved.get('ema') or saved['model'], saved['names']
-            else:
-                config, weights, names = yolov8_weights(saved, path)
-            cfg = HSVDETConfig(**{**config, **overrides})
-        except (KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise InputError(f'{path} is neither a checkpoint of ours nor a YOLOv8 detector ({type(e).__name__}: {e})') from None
+        saved = read_weights(path)
+        ours = saved['arch'] == 'hsvdet'
+        known = saved['config'] if ours else dict(scale=saved['config']['scale'], num_classes=len(saved['names']))
+        cfg = build(HSVDETConfig, {**known, **overrides})
         model = cls(cfg)
-        model.imgsz = saved.get('imgsz')
-        if cfg.num_classes == len(names):
-            model.names = list(names)
-        own = model.state_dict()
-        other_classes = cfg.num_classes != config['num_classes']
-        fresh = []
-        for name, tensor in own.items():
-            given = weights.get(name)
-            if given is not None and given.shape == tensor.shape:
-                own[name] = given.to(tensor.dtype)
-            elif name.startswith(('block', 'one2one_head')) and given is None or other_classes and '_head.cls' in name:
-                fresh.append(name)
-            else:
-                had = 'is missing' if given is None else f'is {tuple(given.shape)}, not {tuple(tensor.shape)}'
-                raise InputError(f'{path} does not fit this network (scale {cfg.scale}, attn {cfg.attn}, {cfg.num_classes} classes): {name} {had}')
-        left = [name for name in weights if name not in own]
-        if any(not name.startswith(('block', 'one2one_head')) for name in left):
-            raise InputError(f'{path} holds tensors that this network (scale {cfg.scale}) has no place for, such as {left[0]}')
-        model.load_state_dict(own)
-        if verbose:
-            parts = collections.Counter('.'.join(name.split('.')[:2 if '_head' in name else 1]) for name in fresh)
-            print(f'{path}: {len(own) - len(fresh)} tensors matched'
-                  + ''.join(f'; {part} starts fresh ({count})' for part, count in parts.items())
-                  + (f'; {len(left)} left unused (the file has blocks that attn={cfg.attn} leaves out)' if left else ''))
+        model.imgsz = saved['imgsz']
+        if cfg.num_classes == len(saved['names']):
+            model.names = list(saved['names'])
+        optional, other_classes = ('block', 'one2one_head'), cfg.num_classes != known['num_classes']
+        fill(model, saved['weights'], path, verbose=verbose,
+             may_be_fresh=lambda name: (name.startswith(optional) and name not in saved['weights']
+                                        or other_classes and '_head.cls' in name
+                                        or not ours and not name.startswith('backbone.')),
+             may_be_left=lambda name: name.startswith(optional) or not ours and not name.startswith('backbone.'))
         return model
 
 
-@contextlib.contextmanager
-def freeze_bn_stats(layer):
-    """While a layer is recomputed for the backward pass its BatchNorms must not count the batch a second time."""
-    norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.momentum = 0.0
-    try:
-        yield
-    finally:
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
-            m.num_batches_tracked -= 1
+def make_param_groups(model, part_of, lr, weight_decay, factors=None):
+    """Optimizer groups of the trainable parameters; part_of: pairs of a name's beginning and its part, first match."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            part, decays = next(part for prefix, part in part_of if name.startswith(prefix)), p.ndim > 1
+            key = f'{part}.{"decay" if decays else "no_decay"}'
+            group = dict(params=[], part=part, name=key, lr=lr * (factors or {}).get(part, 1.0),
+                         weight_decay=weight_decay if decays else 0.0)
+            groups.setdefault(key, group)['params'].append(p)
+    return list(groups.values())
 
 
-# --- foreign checkpoints ---------------------------------------------------------------------------------------------
+# --- python model.py ------------------------------------------------------------------------------------------------
 
-class StubClass:
-    """Stands in for every class of a foreign pickle: keeps what it is given and does nothing with it."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-    def __setitem__(self, key, value):                                                # subclasses of dict and list are
-        pass                                                                          # filled while they load
-
-    def append(self, value):
-        pass
-
-    def extend(self, values):
-        pass
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that builds tensors and plain containers; the classes a YOLO file is known to name become Inert,
-    and any other name, which is where code would come from, is refused. (The storages, torch.HalfStorage and such, are
-    markers of a dtype that torch.load resolves itself.)"""
-
-    def find_class(self, module, name):
-        allowed = {                                                                   # functions wrapped: a pickle may set attributes
-            ('collections', 'OrderedDict'): collections.OrderedDict,                  # of what it is given, and shall not of torch's own
-            ('torch._utils', '_rebuild_tensor_v2'): lambda *a: torch._utils._rebuild_tensor_v2(*a),
-            ('torch._utils', '_rebuild_parameter'): lambda *a: torch._utils._rebuild_parameter(*a),
-            ('torch', 'Size'): torch.Size,
-            ('builtins', 'set'): set, ('__builtin__', 'set'): set,
-        }
-        if (module, name) in allowed:
-            return allowed[module, name]
-        if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.split('.')[0] in ('ultralytics', 'models', 'utils') or module.startswith('torch.nn.modules.'):
-            return type(name, (StubClass,), {})
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
-
-
-def read_checkpoint(path):
-    """The content of a .pt file: our own dict, or a foreign one with inert objects in place of its classes."""
-    try:
-        with zipfile.ZipFile(path) as z:
-            broken = z.testzip()                                                      # torch.load does not check the CRCs
-            program = any(name.endswith('constants.pkl') for name in z.namelist())
-        if broken:
-            raise zipfile.BadZipFile(broken)
-        if program:                                                                   # torch.load would hand it to torch.jit, and run it
-            raise InputError(f'{path} was refused: it is a TorchScript program, which is code; give a checkpoint of weights')
-    except FileNotFoundError:
-        raise InputError(f'checkpoint {path} not found: train one with python train.py config/shapes.py, or give --weights=') from None
-    except IsADirectoryError:
-        raise InputError(f'{path} is a folder: give the checkpoint in it, such as {path}/best.pt') from None
-    except (zipfile.BadZipFile, OSError, EOFError) as e:
-        raise InputError(f'{path} is not a complete checkpoint ({e}): the download or the write broke off, fetch it again') from None
-    careful = types.SimpleNamespace(Unpickler=RestrictedUnpickler, load=None, __name__='pickle')
-    try:
-        try:
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-        except pickle.UnpicklingError:                                                # a genuine foreign file, or a hostile one
-            saved = torch.load(path, map_location='cpu', weights_only=False, pickle_module=careful)
-    except Exception as e:                                                            # there is no end to what a wrong file can raise
-        why = ' '.join(str(e).split())[:200]
-        raise InputError(f'{path} was refused: it is no checkpoint that can be read without running code ({why})') from None
-    if not isinstance(saved, dict):
-        raise InputError(f'{path} was refused: it holds a {type(saved).__name__}, not a checkpoint')
-    return saved
-
-
-def yolov8_weights(saved, path):
-    """A YOLOv8 file's content -> our config dict, our state dict, class names."""
-    root = saved.get('ema') or saved.get('model')
-    tensors = {}
-
-    def walk(module, prefix):
-        for kind in ('_parameters', '_buffers'):
-            tensors.update({prefix + name: t.detach().float() for name, t in getattr(module, kind, {}).items() if isinstance(t, torch.Tensor)})
-        for name, child in getattr(module, '_modules', {}).items():
-            walk(child, f'{prefix}{name}.')
-
-    walk(root, '')
-    width = {16: 'n', 32: 's', 48: 'm', 64: 'l', 80: 'x'}
-    stem, logits = tensors.get('model.0.conv.weight'), tensors.get('model.22.cv3.0.2.weight')
-    if stem is None or logits is None or stem.shape[0] not in width or stem.shape[2] != 3 or 'model.22.dfl.conv.weight' not in tensors:
-        raise InputError(f'{path} is not a YOLOv8 detector (n s m l x): the layers do not have its names and shapes')
-    rename = dict(zip((f'model.{i}.' for i in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 18, 19, 21)),
-                      ('stem', 'down2', 'stage2', 'down3', 'stage3', 'down4', 'stage4', 'down5', 'stage5', 'sppf',
-                       'fpn4', 'fpn3', 'pan_down4', 'pan4', 'pan_down5', 'pan5'), strict=True))
-    weights = {}
-    for name, t in tensors.items():
-        if name == 'model.22.dfl.conv.weight':
-            name, t = 'detect_head.bins', t.flatten()
-        elif name.startswith('model.22.'):
-            name = name.replace('model.22.cv2.', 'detect_head.box.').replace('model.22.cv3.', 'detect_head.cls.')
-        else:
-            head = next((old for old in rename if name.startswith(old)), None)
-            if head is None:
-                raise InputError(f'{path} is not a YOLOv8 detector: it has a tensor {name}')
-            rest = name[len(head):]
-            if rest.startswith('m.'):                                                 # C2f's bottlenecks
-                rest = 'blocks.' + rest[2:].replace('cv1.', 'conv1.').replace('cv2.', 'conv2.')
-            else:
-                rest = rest.replace('cv1.', 'conv_in.').replace('cv2.', 'conv_out.')
-            name = f'{rename[head]}.{rest}'
-        weights[name] = t
-    K = logits.shape[0]
-    names = getattr(root, 'names', None) or {i: f'class{i}' for i in range(K)}
-    names = [str(names[i]) for i in range(K)] if isinstance(names, dict) else [str(n) for n in names]
-    return dict(scale=width[stem.shape[0]], num_classes=K, attn='---'), weights, names
-
-
-# --- python model.py ---------------------------------------------------------------------------------------------------
-
-def layer_table(cfg, H, W):
+def layer_table(model, H, W):
     """
     Rows (index, name, module, output shapes, parameters, FLOPs) of every layer in running order, without computing
-    anything (meta tensors). FLOPs are two per multiply-add of convolutions and matrix products, nothing else.
+    anything (meta tensors). FLOPs are two per multiply-add of convolutions and matrix products, nothing else; of the
+    inference form.
     """
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.device('meta'):
-        model = HSVDET(cfg).eval()
-        image = torch.empty(1, 3, H, W)
-    params = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
-    for block in model.blocks().values():                                             # FLOPs are those of the inference form
-        if block.heads == 1:
-            block.merge_projections()
+    model = model.to('meta').eval()
+    layers = [(f'backbone.{name}', m) for name, m in model.backbone.named_children()]
+    layers += [(name, m) for name, m in model.named_children() if name != 'backbone']
+    params = {name: sum(p.numel() for p in m.parameters()) for name, m in layers}
+    for block in model.blocks().values():
+        block.fuse()
     rows = []
 
-    def hook(module, inputs, output, name):
-        shapes = [tuple(t.shape[1:]) for t in (output if isinstance(output, list) else [output])]
-        rows.append([name, module, shapes])
+    def record(module, inputs, output, name):
+        maps = output if isinstance(output, (list, tuple)) else [output]
+        rows.append([name, module, [tuple(t.shape[1:]) for t in maps if isinstance(t, torch.Tensor)]])
 
-    for name, m in model.named_children():
-        m.register_forward_hook(lambda module, inputs, output, name=name: hook(module, inputs, output, name))
-    with FlopCounterMode(display=False, depth=2) as counter, torch.no_grad():
-        model(image)
+    for name, m in layers:
+        m.register_forward_hook(lambda module, inputs, output, name=name: record(module, inputs, output, name))
+    with FlopCounterMode(display=False, depth=3) as counter, torch.no_grad():
+        model(torch.empty(1, 3, H, W, device='meta'))
     flops = counter.get_flop_counts()
-    return [(i, name, m, shapes, params[name], sum(flops.get(f'HSVDET.{name}', {}).values())) for i, (name, m, shapes) in enumerate(rows)]
+    root = type(model).__name__
+    return [(i, name.removeprefix('backbone.'), m, shapes, params[name], sum(flops.get(f'{root}.{name}', {}).values()))
+            for i, (name, m, shapes) in enumerate(rows)]
 
 
 if __name__ == '__main__':
-    scale, attn, num_classes, k = 'l', '-SS', 80, 512
-    imgsz: int | tuple = (1088, 1920)  # int, or (H, W)
-    from configurator import configure
-    configure(globals())
+    scale = 'l'
+    imgsz: int | tuple = (1088, 1920)                                                 # int, or (H, W)
+    config = configure(globals(), HSVDETConfig)
     H, W = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
     if H % 32 or W % 32:
         raise InputError(f'--imgsz={imgsz}: sides must be multiples of 32; 1080 rows are padded to 1088')
-    table = layer_table(HSVDETConfig(scale=scale, attn=attn, num_classes=num_classes, k=k), H, W)
-    print(f'HSV-DET-{scale}, attn {attn}, {num_classes} classes, image {H}x{W} (rows x columns)\n')
+    cfg = build(HSVDETConfig, config)
+    with torch.device('meta'):
+        table = layer_table(HSVDET(cfg), H, W)
+    print(f'HSV-DET-{scale}, attn {cfg.attn}, {cfg.num_classes} classes, image {H}x{W} (rows x columns)\n')
     print(f'{"#":>3}  {"name":<12}{"module":<24}{"output":<16}{"parameters":>12}{"GFLOPs":>10}')
     for i, name, m, shapes, p, f in table:
-        print(f'{i:>3}  {name:<12}{type(m).__name__:<24}{"x".join(map(str, shapes[0])):<16}{p:>12,}{f / 1e9:>10.2f}')
-    print(f'{"":>3}  {"total":<12}{"":<24}{"":<16}{sum(r[4] for r in table):>12,}{sum(r[5] for r in table) / 1e9:>10.2f}')
+        shape = 'x'.join(map(str, shapes[0]))
+        print(f'{i:>3}  {name:<12}{type(m).__name__:<24}{shape:<16}{p:>12,}{f / 1e9:>10.2f}')
+    parameters, flops = sum(row[4] for row in table), sum(row[5] for row in table)
+    print(f'{"":>3}  {"total":<12}{"":<24}{"":<16}{parameters:>12,}{flops / 1e9:>10.2f}')

@@ -10,7 +10,8 @@ and adds it to its input through a gate that starts at 0, so that a pretrained n
     3  scatter  start from v everywhere, overwrite the selected tokens with A v, apply one more linear map `out`
     4  gate     y = x + gate * block(x)
 
-`forward_reference` is that text in code: read it first, and trust the rest because tests/test_sparse_attention.py holds it equal.
+`forward_reference` is that text in code: read it first, and trust the rest because tests/test_sparse_attention.py
+holds it equal.
 
 What it costs. The attention products take 4 k^2 c FLOPs, which does not grow with the image. The four maps of the
 definition take 8 N c^2, which does: at P4 of a 1080p image (N = 8,160, c = 512) 17.1 GFLOPs of projections stand
@@ -57,12 +58,17 @@ def autocast_off(x):
 
 
 def sincos_2d(H, W, c, device):
-    """Sine-cosine codes of the cell positions, (H*W, c): a quarter of the channels each for sin y, cos y, sin x, cos x."""
+    """Sine-cosine codes of the cells, (H*W, c): a quarter of the channels each for sin y, cos y, sin x, cos x."""
     assert c % 4 == 0, f'the positional code needs channels in fours, got {c}'
     omega = torch.exp(torch.arange(c // 4, device=device) * (-math.log(10000.0) / (c // 4)))
     y, x = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing='ij')
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega                         # (N, c/4) each
     return torch.cat((y.sin(), y.cos(), x.sin(), x.cos()), 1)                         # (N, c)
+
+
+def project(tokens, conv):
+    """A 1x1 convolution on tokens (B, n, C), in their dtype."""
+    return F.linear(tokens, conv.weight.flatten(1).to(tokens.dtype))
 
 
 def stable_topk(importance, k):
@@ -125,11 +131,12 @@ class SparseGlobalBlock(nn.Module):
         B, C, H, W = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
         k = self.num_selected(H * W)
-        if self.select == 'random':                                                   # afresh at every training step, but
-            g = None if self.training else torch.Generator().manual_seed(0)           # an evaluation must repeat itself
+        if self.select == 'random':                                                # afresh at every training step, but
+            g = None if self.training else torch.Generator().manual_seed(0)          # an evaluation must repeat itself
             return stable_topk(torch.rand(B, H * W, generator=g).to(x.device), k), None
         if self.select == 'learned':
-            s = F.linear(x.flatten(2).transpose(1, 2).to(wide), self.score.weight.to(wide), self.score.bias.to(wide))[..., 0]
+            rows = x.flatten(2).transpose(1, 2).to(wide)                              # (B, N, C)
+            s = F.linear(rows, self.score.weight.to(wide), self.score.bias.to(wide))[..., 0]  # (B, N)
             selected = stable_topk(s.detach().float(), k)
             return selected, s.gather(1, selected)
         norm = torch.linalg.vector_norm(x.detach().flatten(2), dim=1, dtype=wide)     # (B, N) without a map of squares
@@ -149,7 +156,7 @@ class SparseGlobalBlock(nn.Module):
         """(B, n, C) -> (B, heads, n, C / heads)"""
         return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-    def forward_reference(self, x):
+    def forward_reference(self, x, memory=None):
         """The definition, as slow as it reads: four dense maps, then gather, attend, scatter."""
         B, C, H, W = x.shape
         placed = x + sincos_2d(H, W, C, x.device).to(x.dtype).T.view(C, H, W) if self.pos else x
@@ -157,12 +164,16 @@ class SparseGlobalBlock(nn.Module):
         if self.select != 'none':
             q = self.q_proj(placed).flatten(2).transpose(1, 2)                        # (B, N, C)
             k = self.k_proj(placed).flatten(2).transpose(1, 2)                        # (B, N, C)
-            selected, s = self.select_tokens(x)                                              # (B, k)
+            selected, s = self.select_tokens(x)                                       # (B, k)
             rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
             wide = torch.promote_types(x.dtype, torch.float32)
             with autocast_off(x):
-                q, k, v_sel = (t.gather(1, rows).to(wide) for t in (q, k, v))
-                attended = (self.weights(q, k) @ self.split(v_sel)).transpose(1, 2).flatten(2)        # (B, k, C)
+                q, k, v_sel = (t.gather(1, rows).to(wide) for t in (q, k, v))         # (B, k, C) each
+                v_all = v_sel
+                if memory is not None:                                                # (B, k + T, C) from here on
+                    k = torch.cat((k, project(memory.to(wide), self.k_proj)), 1)
+                    v_all = torch.cat((v_sel, project(memory.to(wide), self.v_proj)), 1)
+                attended = (self.weights(q, k) @ self.split(v_all)).transpose(1, 2).flatten(2)  # (B, k, C)
                 if s is not None:
                     attended = v_sel + s.sigmoid()[..., None] * (attended - v_sel)
             v = v.scatter(1, rows, attended.to(v.dtype))
@@ -177,48 +188,61 @@ class SparseGlobalBlock(nn.Module):
         with autocast_off(self.v_proj.weight):
             return (self.out_proj.weight.flatten(1) @ self.v_proj.weight.flatten(1))[..., None, None]
 
+    def fuse(self):
+        """Inference form: keep the product of the two dense maps, drop its factors (several heads need them apart)."""
+        if self.heads == 1 and self.merged is None:
+            self.merge_projections()
+        return self
+
     def merge_projections(self):
         """Inference form: keep the product, drop its factors. There is no way back to training."""
         self.merged = nn.Parameter(self.dense_weight().detach(), requires_grad=False)
         del self.v_proj, self.out_proj
         return self
 
-    def forward(self, x):
+    def forward(self, x, memory=None):
         B, C, H, W = x.shape
         weight = self.dense_weight()
         y = F.conv2d(x, weight)                                                       # (B, C, H, W): out(v) everywhere
         if self.select == 'none':
             return y
-        x_rows, y_rows = x.flatten(2).transpose(1, 2), y.view(B, C, H * W).transpose(1, 2)            # (B, N, C), the latter a view
+        x_rows = x.flatten(2).transpose(1, 2)                                         # (B, N, C)
+        y_rows = y.view(B, C, H * W).transpose(1, 2)                                  # (B, N, C), a view of y
         wide = torch.promote_types(x.dtype, torch.float32)
         # nothing to gather when all attend; where N is a symbol only k = 0 says so, for every N
-        all_selected = self.select != 'learned' and (self.k == 0 or type(H * W) is int and self.num_selected(H * W) == H * W)
+        takes_all = self.k == 0 or type(H * W) is int and self.num_selected(H * W) == H * W
+        all_selected = takes_all and self.select != 'learned'
         if all_selected:
             t, u, s = x_rows, y_rows, None
         else:
-            selected, s = self.select_tokens(x)                                              # (B, k)
+            selected, s = self.select_tokens(x)                                       # (B, k)
             rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
             t, u = x_rows.gather(1, rows), y_rows.gather(1, rows)                     # (B, k, C)
         with autocast_off(x):
-            t, u = t.to(wide).contiguous(), u.to(wide).contiguous()                   # rows in one piece, or SDPA builds N x N
+            t, u = t.to(wide).contiguous(), u.to(wide).contiguous()           # rows in one piece, or SDPA builds N x N
             placed = t
             if self.pos:
                 code = sincos_2d(H, W, C, x.device).to(wide)
                 placed = t + (code if all_selected else code[selected])
-            q = self.split(self.norm_as(F.linear(placed, self.q_proj.weight.flatten(1).to(wide))))
-            k = self.split(self.norm_as(F.linear(placed, self.k_proj.weight.flatten(1).to(wide))))
+            tokens, placed_all, u_all = t, placed, u
+            if memory is not None:                                                    # (B, k + T, C) from here on
+                memory = memory.to(wide)
+                tokens, placed_all = torch.cat((t, memory), 1), torch.cat((placed, memory), 1)
+                u_all = torch.cat((u, F.linear(memory, weight.flatten(1).to(wide))), 1)
+            q = self.split(self.norm_as(project(placed, self.q_proj)))                # (B, heads, k, hs)
+            k = self.split(self.norm_as(project(placed_all, self.k_proj)))            # (B, heads, k + T, hs)
             if self.heads == 1:
-                attended = F.scaled_dot_product_attention(q, k, u[:, None])[:, 0]     # (B, k, C): A (out v)
-            else:                           # each head has an A of its own, so `out` comes after them, on k tokens only
+                attended = F.scaled_dot_product_attention(q, k, u_all[:, None])[:, 0]  # (B, k, C): A (out v)
+            else:                          # each head has an A of its own, so `out` comes after them, on k tokens only
                 assert self.merged is None, 'merge_projections() drops v and out, which several heads need apart'
-                v = F.linear(t, self.v_proj.weight.flatten(1).to(wide))
-                attended = F.scaled_dot_product_attention(q, k, self.split(v)).transpose(1, 2).flatten(2)
+                v = self.split(project(tokens, self.v_proj))
+                attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
                 attended = F.linear(attended, self.head_mix().to(wide))
             if s is not None:
                 attended = u + s.sigmoid()[..., None] * (attended - u)
         if all_selected:
             return attended.to(y.dtype).transpose(1, 2).reshape(B, C, H, W)
-        if not torch.is_grad_enabled():                                               # in place: saves a copy of N C numbers
+        if not torch.is_grad_enabled():                                         # in place: saves a copy of N C numbers
             y_rows.scatter_(1, rows, attended.to(y.dtype))
             return y
         y_rows = y_rows.scatter(1, rows, attended.to(y.dtype))
@@ -236,7 +260,7 @@ class SparseGlobalBlock(nn.Module):
         if self.pos:
             placed = placed + sincos_2d(H, W, C, x.device)
         t = placed.gather(1, selected[..., None].expand(-1, -1, C))
-        return selected, self.weights(F.linear(t, self.q_proj.weight.flatten(1).float()), F.linear(t, self.k_proj.weight.flatten(1).float()))
+        return selected, self.weights(project(t, self.q_proj), project(t, self.k_proj))
 
 
 class SparseGlobalBlockGated(SparseGlobalBlock):
@@ -254,8 +278,8 @@ class SparseGlobalBlockGated(SparseGlobalBlock):
         start = {'learned': 0.0, 'fixed': 0.5, 'none': 1.0}[gate]
         self.gate = nn.Parameter(torch.tensor(start), requires_grad=gate == 'learned')
 
-    def forward_reference(self, x):
-        return x + self.gate * super().forward_reference(x)
+    def forward_reference(self, x, memory=None):
+        return x + self.gate * super().forward_reference(x, memory)
 
     def dense_weight(self):
         """gate W_out W_v. On the weight a gate costs c^2 products and its gradient is a float32 sum over c^2; on the
@@ -265,6 +289,8 @@ class SparseGlobalBlockGated(SparseGlobalBlock):
     def head_mix(self):
         return self.gate * super().head_mix()
 
-    def forward(self, x):
-        y = super().forward(x)
-        return x + y if torch.is_grad_enabled() or y.dtype != x.dtype else y.add_(x)  # fresh memory costs more than the sum
+    def forward(self, x, memory=None):
+        y = super().forward(x, memory)
+        if torch.is_grad_enabled() or y.dtype != x.dtype:
+            return x + y
+        return y.add_(x)                                                         # fresh memory costs more than the sum

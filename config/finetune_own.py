@@ -1,8 +1,9 @@
-# Your own data: a COCO json with its images, or a YOLO folder (images/ and labels/). Look at it first:
+# Your own data: a COCO json with its images, a YOLO folder (images/ and labels/) or a VOC folder. Look at it first:
 #   python data.py check my/train.json
 #   python train.py config/finetune_own.py --train_data=my/train.json --val_data=my/val.json
 # Images that do not lie beside the json: --train_images=my/photos --val_images=my/photos
-# Start from weights, ours or a YOLOv8 .pt of your own: --init_from=yolov8n.pt; if they know your data already, config/finetune_warm.py
+# Start from weights, ours or a YOLOv8 .pt of your own: --init_from=yolov8n.pt;
+# if they know your data already, config/finetune_warm.py
 out_dir = 'out/own'
 train_data = 'my/train.json'
 val_data = 'my/val.json'

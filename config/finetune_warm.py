@@ -1,5 +1,5 @@
-# Weights that know your data already, a little further, for example with sparse blocks added: a gentle learning rate, and
-# an average over the last hundred steps, so that AP starts where the weights stand and does not fall.
+# Weights that know your data already, a little further, for example with sparse blocks added: a gentle learning
+# rate, and an average over the last hundred steps, so that AP starts where the weights stand and does not fall.
 #   python train.py config/finetune_warm.py --train_data=my/train.json --val_data=my/val.json --init_from=yolov8n.pt
 exec(open('config/finetune_own.py').read())
 out_dir = 'out/warm'

@@ -1,10 +1,10 @@
 # The design's recipe: HSV-DET-l on a seeded 20 % of COCO train2017, 100 epochs in three stages.
-#   python data.py coco20                                             annotations, val2017, 23,657 training images: about 5 GB
+#   python -m prepare.coco --fraction=0.2         annotations, val2017, 23,657 training images: about 5 GB
 #   python train.py config/hsvdet_coco20.py
 #   torchrun --nproc_per_node=8 train.py config/hsvdet_coco20.py
 #   ... --init_from=yolov8l.pt                                        warm start from YOLOv8 weights of your own
 # hardware: one 24 GB GPU; with 8 GB add --grad_accum=4 --checkpointing=True
-# hours: not measured yet. An estimate: 3 x 165 GFLOPs an image, 2.4 million images, at 30 TFLOPS of bf16 (such a card's good half): about 11
+# hours: not measured yet. An estimate: 3 x 165 GFLOPs an image, 2.4 million images, at 30 TFLOPS of bf16: about 11
 # AP: not measured yet. The design claims 38.6 (its measurement is not documented)
 # COCO photographs are about 640x480, so the recipe runs at 640; 1080p is for the cost tables and for driving data.
 out_dir = 'out/hsvdet_coco20'
@@ -24,7 +24,7 @@ batch_size = 16
 lr = 1e-3
 lr_final = 1e-5
 weight_decay = 0.05
-eval_interval = 5            # judging 5,000 images takes minutes on one CPU core while the GPU waits
+eval_interval = 5            # evaluating 5,000 images takes minutes on one CPU core while the GPU waits
 scale_aug = 0.9
 mixup = 0.15
-mosaic_block = 64            # mosaic partners among 64 neighbours of the epoch's order: 1 decode a sample (8 workers: up to 2.6), not 4
+mosaic_block = 64            # Mosaic's images from 64 neighbours of the epoch's order: 1 decode a sample, not 4

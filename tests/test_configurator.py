@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from configurator import configure
-from data import InputError
+from baselines.detr import DETRConfig
+from configurator import InputError, build, configure, print_error
+from data import Augment
+from model import HSVDETConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +25,7 @@ def test_overrides(tmp_path):
     assert got == dict(lr=5e-4, epochs=30, name='2024', on=True, imgsz=(1088, 1920), source='')
     assert space['epochs'] == 30 and space['_hidden'] == 1
     assert configure(knobs(), argv=['--lr=1'])['lr'] == 1.0
-    assert configure(knobs(), 'source', ['a.jpg'])['source'] == 'a.jpg'
+    assert configure(knobs(), positional='source', argv=['a.jpg'])['source'] == 'a.jpg'
 
 
 @pytest.mark.parametrize('argv, sentence', [
@@ -53,8 +55,8 @@ def test_config_file_errors_name_the_file(tmp_path, text, sentence):
     assert 'c.py' in str(e.value)
 
 
-def train_knobs():
-    """train.py's knobs, read from its source: everything assigned before configure()."""
+def train_settings():
+    """train.py's own settings: everything assigned before configure()."""
     space = {}
     tree = ast.parse((ROOT / 'train.py').read_text())
     head = []
@@ -70,12 +72,40 @@ def train_knobs():
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda p: p.name)
 def test_shipped_configs_fit(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    space = train_knobs()
-    assert len(space) > 50
-    configure(space, argv=[str(path)])
+    space = train_settings()
+    assert len(space) > 40
+    config = configure(space, Augment, HSVDETConfig, DETRConfig, argv=[str(path)])
     assert path.read_text().startswith('# ') and f'config/{path.name}' in path.read_text(), 'begins with what it is and its command'
-    from model import HSVDETConfig
-    HSVDETConfig(**{name: space[name] for name in ('scale', 'attn', 'k', 'select', 'gate', 'heads', 'pos', 'one2one')})
+    for cls in (Augment, HSVDETConfig, DETRConfig):
+        build(cls, config)
+
+
+def test_dataclasses_are_settings():
+    space = knobs()
+    config = configure(space, Augment, argv=['--mosaic=0.5', '--lr=1e-2'])
+    assert build(Augment, config).mosaic == 0.5 and config['flip'] == Augment.flip and space['flip'] == Augment.flip
+    with pytest.raises(InputError, match='unknown setting "mosiac", did you mean "mosaic"'):
+        configure(knobs(), Augment, argv=['--mosiac=1.0'])
+    with pytest.raises(InputError, match='mosaic must be float'):
+        configure(knobs(), Augment, argv=['--mosaic=much'])
+
+
+def test_lenient_passes_over_names_in_files_only(tmp_path):
+    (tmp_path / 'c.py').write_text('momentum = 0.9\nepochs = 3\n')
+    assert configure(knobs(), lenient=True, argv=[str(tmp_path / 'c.py')])['epochs'] == 3
+    with pytest.raises(InputError, match='unknown setting'):
+        configure(knobs(), lenient=True, argv=['--momentum=0.9'])
+
+
+def test_out_of_memory_keeps_its_line(capsys):
+    class OutOfMemoryError(RuntimeError):
+        pass
+    try:
+        raise OutOfMemoryError('CUDA out of memory')
+    except OutOfMemoryError as e:
+        print_error(type(e), e, e.__traceback__)
+    said = capsys.readouterr().err
+    assert "raise OutOfMemoryError('CUDA out of memory')" in said and '--grad_accum' in said
 
 
 def test_scripts_answer_in_one_sentence():

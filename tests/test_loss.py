@@ -5,9 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from loss import assign, bbox_iou, box_iou, ciou, decode_boxes, detection_loss, dfl, make_anchor_points
+from loss import assign, bbox_iou, box_iou, ciou, decode_boxes, detection_loss, dfl, make_anchor_points, total_loss
 
 REFERENCE = Path(__file__).parent / 'reference'
+
+
+def normalized(sums, normalizer):
+    return {name: value / normalizer.clamp(min=1) for name, value in sums.items()}
 
 
 def load(name):
@@ -67,7 +71,7 @@ def test_head_and_loss_reference():
     assigned_gt_idx, _ = assign(rows[..., 64:].sigmoid().detach(), boxes.detach(), points, targets['labels'], targets['boxes'])
     assert torch.equal(assigned_gt_idx >= 0, d['foreground'])
     assert torch.equal(assigned_gt_idx[d['foreground']], d['assigned_gt'][d['foreground']])
-    losses = detection_loss(maps, targets)
+    losses = normalized(*detection_loss(maps, targets))
     for name, value in losses.items():
         torch.testing.assert_close(value, d[f'{name}_loss'], rtol=1e-5, atol=0)
     sum(losses.values()).backward()
@@ -85,7 +89,7 @@ def losses_of(boxes, labels, maps=None):
     maps = maps or raw_maps()
     B = maps[0].shape[0]
     labels, boxes = torch.tensor(labels).long(), torch.tensor(boxes).float().reshape(-1, 4)
-    losses = detection_loss(maps, pad(torch.zeros(len(labels), dtype=torch.long), labels, boxes, B))
+    losses = normalized(*detection_loss(maps, pad(torch.zeros(len(labels), dtype=torch.long), labels, boxes, B)))
     sum(losses.values()).backward()
     assert all(value.isfinite() for value in losses.values()) and all(m.grad is not None and m.grad.isfinite().all() for m in maps)
     return losses, maps
@@ -204,8 +208,9 @@ def test_sums_divide_into_the_mean():
     d = load('head_and_loss')
     maps = [d[f'raw_p{i}'] for i in (3, 4, 5)]
     targets = pad(d['gt_image'], d['gt_class'].long(), d['gt_xyxy'], 3)
-    mean, sums = detection_loss(maps, targets), detection_loss(maps, targets, reduce=False)
-    parts = [detection_loss([m[b:b + 1] for m in maps], {key: t[b:b + 1] for key, t in targets.items()}, reduce=False) for b in range(3)]
-    for name, value in mean.items():
-        torch.testing.assert_close(sums[name] / sums['normalizer'], value)
-        torch.testing.assert_close(sum(p[name] for p in parts) / sum(p['normalizer'] for p in parts), value)
+    sums, normalizer = detection_loss(maps, targets)
+    total = total_loss(dict(one2many=(sums, normalizer)))
+    torch.testing.assert_close(total, sum(sums.values()) / normalizer)
+    parts = [detection_loss([m[b:b + 1] for m in maps], {key: t[b:b + 1] for key, t in targets.items()}) for b in range(3)]
+    for name, value in sums.items():
+        torch.testing.assert_close(sum(part[name] for part, _ in parts) / sum(n for _, n in parts), value / normalizer)

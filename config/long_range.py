@@ -1,10 +1,10 @@
-# Does global context help? A set where a class can be told only from something 1,000 px away; see draw_far in data.py.
-#   python train.py config/far.py --attn=-SS --seed=0      and '---', '-FF', '-DD', --select=random; seeds 0 1 2
+# Does global context help? A class that can be told only from something 1,000 px away: see prepare/long_range.py.
+#   python train.py config/long_range.py --attn=-SS --seed=0      and '---', '-FF', '-DD', --select=random; seeds 0 1 2
 # hardware: one CPU core, about 3 minutes a run. Chance is an AP50 near 0.33: three colours, one is right
-out_dir = 'out/far'
-make_data = 'far'
-train_data = 'data/far/train.json'
-val_data = 'data/far/val.json'
+out_dir = 'out/long_range'
+make_data = 'long_range'
+train_data = 'data/long_range/train.json'
+val_data = 'data/long_range/val.json'
 imgsz = (32, 2048)
 
 attn = '-SS'

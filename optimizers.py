@@ -1,0 +1,64 @@
+"""
+Optimizers: which one moves which parameters.
+
+    make_optimizers(groups, kinds, lr, momentum, beta2)      groups as a detector's param_groups() gives them, by part
+
+AdamW and SGD are torch's. Muon is here because torch.optim.Muon takes matrices only, and computes in bfloat16, which a
+CPU without hardware for it emulates ten times slower than float32.
+"""
+import torch
+
+KINDS = ('adamw', 'sgd', 'muon')
+
+
+def orthogonalize(matrix, steps=5):
+    """(n, m) -> about U V^T of its singular value decomposition: the quintic Newton-Schulz iteration of Muon."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / (matrix.norm() + 1e-7)
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(matrix.T, steps).T
+    for _ in range(steps):
+        gram = x @ x.T                                                                # (n, n), n the smaller side
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices and convolution kernels, which count as
+    matrices (c_out, c_in h w): the step is the Nesterov momentum with all singular values made equal, its size that of
+    an AdamW step (0.2 sqrt(larger side), Liu et al. 2025, 2502.16982), so that lr and weight decay mean the same.
+    """
+
+    def __init__(self, groups, lr, momentum):
+        super().__init__(groups, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                buffer = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+                update = orthogonalize(p.grad.lerp(buffer, group['momentum']).flatten(1))
+                size = 0.2 * max(update.shape) ** 0.5
+                p.mul_(1 - group['lr'] * group['weight_decay']).add_(update.view(p.shape), alpha=-group['lr'] * size)
+
+
+def make_optimizers(groups, kinds, lr, momentum, beta2):
+    """
+    kinds: dict part -> 'adamw', 'sgd' or 'muon' (matrices and kernels by Muon, vectors and scalars by AdamW). momentum:
+    of SGD (Nesterov) and Muon, AdamW's first beta. One optimizer per kind; a group's 'factor' is its share of the lr.
+    """
+    make = dict(adamw=lambda some: torch.optim.AdamW(some, lr, (momentum, beta2), fused=True),
+                sgd=lambda some: torch.optim.SGD(some, lr, momentum, nesterov=momentum > 0),
+                muon=lambda some: Muon(some, lr, momentum))
+    by_kind = {}
+    for group in groups:
+        kind = kinds[group['part']]
+        if kind == 'muon' and group['name'].endswith('no_decay'):                     # vectors and scalars
+            kind = 'adamw'
+        by_kind.setdefault(kind, []).append(dict(group, factor=group['lr']))
+    return [make[kind](some) for kind, some in by_kind.items()]
