@@ -499,7 +499,7 @@ def split_command(source, share, group, seed):
 if __name__ == '__main__':
     what, source = '', ''                                            # python data.py check PATH | split PATH
     images = ''                                                # check: folder of the images, '' looks beside the json
-    imgsz = 640                                             # check: pixels, the input that object sizes are judged at
+    imgsz = 640                                             # check: pixels, the input at which object sizes are given
     out = 'out/check.png'                                            # check: the picture
     val = 0.2                                                       # split: share of the images that go to validation
     group = ''               # split: a regular expression; file names that agree in it (in its group 1) stay together

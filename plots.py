@@ -381,7 +381,7 @@ def draw_long_range(image, boxes, labels, names, bars, path):
     ax = figure.add_axes((0.24, 0.5 / tall, 0.7, 0.36 * len(bars) / tall))
     for i, values in enumerate(bars.values()):
         ax.barh(i, np.mean(values), height=0.62, color=DENSE, alpha=0.55)
-        ax.plot(values, [i] * len(values), 'o', ms=5, color=LINE)
+        ax.plot(values, [i] * len(values), 'o', ms=5, color=LINE, clip_on=False)
     ax.set_yticks(range(len(bars)), bars, fontsize=11)
     ax.set(xlim=(0, 1), ylim=(len(bars) - 0.5, -0.5))
     ax.set_xlabel('AP50 of the discs: bar the mean, dot one seed', fontsize=11)

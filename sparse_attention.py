@@ -53,7 +53,7 @@ from torch import nn
 
 
 def autocast_off(x):
-    """The float32 island: inside, autocast touches nothing, whatever surrounds it. (Meta tensors know no autocast.)"""
+    """Inside, autocast changes nothing, whatever surrounds it. (Meta tensors have no autocast.)"""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
+from baselines.dinov2 import VARIANTS, DINOv2
 from checkpoint import fill, read_weights
 from configurator import InputError, build
 from loss import bbox_iou, make_anchor_points
@@ -49,27 +50,34 @@ class DETRConfig:
     num_classes: int = 80
     hidden: int = 256                                                                 # channels of encoder and decoder
     detr_heads: int = 8                                                               # attention heads of both
-    ffn: int = 1024                                                  # hidden channels of the feed-forward layers
+    ffn: int = 1024                                                        # hidden channels of the feed-forward layers
     decoder_layers: int = 6                                                           # 3 suffice for a small trunk
     queries: int = 300                               # the most objects it can report; never more than there are tokens
-    points: int = 4                                                  # sampling points per head and level
-    denoising: int = 100                             # denoising queries per image of each kind, in groups; 0: off
-    label_noise: float = 0.25                                        # share of their labels that are redrawn
-    box_noise: float = 1.0                                           # shift of their corners, in half sides
+    points: int = 4                                                                # sampling points per head and level
+    denoising: int = 100                                  # denoising queries per image of each kind, in groups; 0: off
+    label_noise: float = 0.25                                                  # share of their labels that are redrawn
+    box_noise: float = 1.0                                                      # shift of their corners, in half sides
     class_loss: str = 'vfl'                                                           # vfl mal
-    encoder_attn: str = 'F'                                          # attention at P5: 'F' full (AIFI), 'S' sparse
-    k: int | float = 512         # of 'S': tokens that attend: a count, a fraction of all below 1, 0 for all
-    eval_layers: int = 0                             # decoder layers that run at inference (early exit); 0: all
-    look_forward_twice: bool = True                  # the box loss of a layer also reaches the layer before it
+    encoder_attn: str = 'F'                                              # attention at P5: 'F' full (AIFI), 'S' sparse
+    k: int | float = 512                    # of 'S': tokens that attend: a count, a fraction of all below 1, 0 for all
+    eval_layers: int = 0                                    # decoder layers that run at inference (early exit); 0: all
+    backbone: str = ''                                    # '' is model.py's at `scale`; or dinov2_s, dinov2_b, ..._reg
+    backbone_weights: str = ''                                    # a DINOv2 file for it; '' starts from random weights
+    lora_rank: int = 4                                                    # of the adapters in a frozen DINOv2; 0: none
+    look_forward_twice: bool = True                          # the box loss of a layer also reaches the layer before it
 
     def __post_init__(self):
         least = dict(num_classes=1, hidden=1, detr_heads=1, ffn=1, decoder_layers=1, queries=1, points=1, denoising=0,
-                     eval_layers=0)
+                     eval_layers=0, lora_rank=0)
         for name, value in ((name, getattr(self, name)) for name in least):
             if type(value) is not int or value < least[name]:
                 raise InputError(f'{name} must be an int of at least {least[name]}, got {value!r}')
         for ok, message in (
                 (self.scale in SCALES, f'scale must be one of n s m l x, got {self.scale!r}'),
+                (self.backbone in ('', *VARIANTS),
+                 f"backbone must be '' or one of {' '.join(VARIANTS)}, got {self.backbone!r}"),
+                (self.backbone or not self.backbone_weights,
+                 f'backbone_weights={self.backbone_weights} needs backbone=dinov2_s or another of its kind'),
                 (self.hidden % self.detr_heads == 0 and self.hidden % 4 == 0,
                  f'hidden must be a multiple of 4 and of detr_heads={self.detr_heads}, got {self.hidden}'),
                 (0 <= self.label_noise <= 1, f'label_noise must be in 0..1, got {self.label_noise!r}'),
@@ -188,7 +196,7 @@ class AIFI(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         if self.block is not None:
-            t = self.block(x).flatten(2).transpose(1, 2)                              # (B, N, C), its residual included
+            t = self.block(x).flatten(2).transpose(1, 2)                             # (B, N, C), its residual included
         else:
             t = x.flatten(2).transpose(1, 2)                                          # (B, N, C)
             t = t + self.self_attn(t, sincos_2d(H, W, C, x.device).to(x.dtype))
@@ -266,17 +274,17 @@ class DeformableAttention(nn.Module):
         """x (B, L, C), reference boxes (B, L, 4) float32, memory (B, N, C), shapes (H, W) per level -> (B, L, C)"""
         B, L, C = x.shape
         nh, P = self.heads, self.points
-        value = self.value_proj(memory).transpose(1, 2).split([H * W for H, W in shapes], 2)          # (B, C, H*W) each
+        value = self.value_proj(memory).transpose(1, 2).split([H * W for H, W in shapes], 2)  # (B, C, H*W) each
         offsets = self.sampling_offsets(x).float().view(B, L, nh, len(STRIDES), P, 2)
         weights = self.attention_weights(x).float().view(B, L, nh, -1).softmax(-1)    # over levels and points together
-        with autocast_off(x):                      # a coordinate in bf16 has 8 bits: 1/256 of the image
+        with autocast_off(x):                                     # a coordinate in bf16 has 8 bits: 1/256 of the image
             centre, side = reference[:, :, None, None, None].split(2, -1)             # (B, L, 1, 1, 1, 2) each
             grid = 2 * (centre + offsets / P * side * 0.5) - 1                        # -1..1, as grid_sample has it
             grid = grid.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)                       # (3, B * nh, L, P, 2)
             samples = []
             for v, at, (H, W) in zip(value, grid.unbind(), shapes, strict=True):
                 v = v.float().reshape(B * nh, C // nh, H, W)
-                samples.append(F.grid_sample(v, at, 'bilinear', 'zeros', align_corners=False))    # (B * nh, hs, L, P)
+                samples.append(F.grid_sample(v, at, 'bilinear', 'zeros', align_corners=False))  # (B * nh, hs, L, P)
             weights = weights.transpose(1, 2).reshape(B * nh, 1, L, -1)               # (B * nh, 1, L, 3P)
             y = (torch.cat(samples, -1) * weights).sum(-1)                            # (B * nh, hs, L)
         return self.output_proj(y.view(B, C, L).transpose(1, 2).to(x.dtype))          # (B, L, C)
@@ -327,7 +335,7 @@ def denoising_queries(targets, size, cfg):
     padding = labels < 0
     half = boxes[..., 2:].repeat(1, 1, 2) / 2                                         # (B, D, 4) w, h, w, h
     corners = (to_pixels(boxes, 1, 1) + shift * half * cfg.box_noise).clamp(0, 1)     # xyxy in 0..1
-    boxes = from_pixels(corners, 1, 1).clamp(min=0)             # corners may have passed each other: then the side is 0
+    boxes = from_pixels(corners, 1, 1).clamp(min=0)            # corners may have passed each other: then the side is 0
     labels = torch.where(redrawn, other, labels).masked_fill(padding, cfg.num_classes)
     return labels, boxes.masked_fill(padding[..., None], 0), groups
 
@@ -404,7 +412,7 @@ def set_loss(logits, boxes, pairs, targets, size, kind, counted=None):
     """
     image, query, gt = pairs
     box, gt_box = boxes[image, query], targets['boxes'][image, gt].float()            # (n, 4) each
-    pixels = to_pixels(box, *size)             # IoU has no unit, but bbox_iou's eps is not small beside areas in 0..1
+    pixels = to_pixels(box, *size)              # IoU has no unit, but bbox_iou's eps is not small beside areas in 0..1
     at = image, query, targets['labels'][image, gt]
     iou, positive = torch.zeros_like(logits), torch.zeros_like(logits, dtype=torch.bool)
     iou[at], positive[at] = bbox_iou(pixels.detach(), gt_box), True
@@ -497,7 +505,7 @@ class DETRHead(nn.Module):
             noisy_labels, noisy_boxes, groups = denoising_queries(targets, (H, W), self.cfg)
             D = noisy_labels.shape[1]
             mask = denoising_mask(D, groups, x.shape[1], x.device)
-            x = torch.cat((self.denoising_class_embed(noisy_labels).to(x.dtype), x), 1)               # (B, D + Q, C)
+            x = torch.cat((self.denoising_class_embed(noisy_labels).to(x.dtype), x), 1)  # (B, D + Q, C)
             reference = torch.cat((inverse_sigmoid(noisy_boxes), reference), 1)       # (B, D + Q, 4)
         layers = self.decode(x, reference, memory, shapes, mask)
         matching = [(logits[:, D:], boxes[:, D:]) for logits, boxes in layers]
@@ -522,7 +530,7 @@ class DETRHead(nn.Module):
         """The pairs are known: positive s of each group belongs to object s."""
         is_object = targets['labels'] >= 0                                            # (B, M)
         image, slot = is_object.nonzero(as_tuple=True)                                # (n,) each
-        start = torch.arange(groups, device=slot.device)[:, None] * 2 * is_object.shape[1]            # (groups, 1)
+        start = torch.arange(groups, device=slot.device)[:, None] * 2 * is_object.shape[1]  # (groups, 1)
         pairs = image.repeat(groups), (start + slot).flatten(), slot.repeat(groups)
         counted = is_object.repeat(1, 2 * groups)                                     # (B, D)
         found = [set_loss(*layer, pairs, targets, size, self.cfg.class_loss, counted) for layer in layers]
@@ -559,6 +567,19 @@ def transformers_key(name):
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
+def make_backbone(cfg):
+    """model.py's at cfg.scale, trained whole; or a frozen DINOv2 with LoRA adapters: images -> P3, P4, P5."""
+    if not cfg.backbone:
+        return Backbone(cfg.scale)
+    if cfg.backbone_weights:
+        backbone = DINOv2.from_pretrained(cfg.backbone_weights)
+    else:
+        backbone = DINOv2(**VARIANTS[cfg.backbone])
+    if cfg.lora_rank:
+        backbone.add_lora(cfg.lora_rank)
+    return backbone
+
+
 class DETR(nn.Module):
     """
     A detector as HSVDET is one: the same methods, and the same attributes cfg, names, imgsz, fixed_imgsz, nms (never),
@@ -574,7 +595,7 @@ class DETR(nn.Module):
         self.nms = False
         self.LOSSES = tuple(f'{layers}{name}' for layers in ('', 'aux_') + ('dn_',) * (cfg.denoising > 0)
                             for name in ('cls', 'l1', 'giou'))
-        self.backbone = Backbone(cfg.scale)
+        self.backbone = make_backbone(cfg)
         self.head = DETRHead(self.backbone.channels, cfg)
 
     def blocks(self):
@@ -612,6 +633,8 @@ class DETR(nn.Module):
     def fuse(self):
         """Inference form, in place: BatchNorm folded into convolutions, then RepVGG's two into one."""
         self.eval()
+        if isinstance(self.backbone, DINOv2):
+            self.backbone.merge_lora()
         modules = list(self.modules())
         for module in modules:
             if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
@@ -653,7 +676,9 @@ class DETR(nn.Module):
         """
         saved = read_weights(path)
         ours = saved['arch'] == 'rtdetr'
-        known = saved['config'] if ours else dict(scale=saved['config']['scale'], num_classes=len(saved['names']))
+        known = dict(scale=saved['config']['scale'], num_classes=len(saved['names']))
+        if ours:                                                                     # DINOv2's weights are in the file
+            known = {**saved['config'], 'backbone_weights': ''}
         cfg = build(DETRConfig, {**known, **overrides})
         model = cls(cfg)
         model.imgsz = saved['imgsz']

@@ -350,8 +350,8 @@ class DINOv2(nn.Module):
             tokens[number] = x
         return [self.norm(tokens[number]) if norm else tokens[number] for number in layers]
 
-    def forward(self, images):
-        """images (B, 3, H, W) in 0..1, H and W multiples of 32 -> p3, p4, p5 at strides 8, 16, 32."""
+    def forward(self, images, run=None):
+        """images (B, 3, H, W) in 0..1, H and W multiples of 32 -> p3, p4, p5 at strides 8, 16, 32. run: not used."""
         _, _, H, W = images.shape
         assert H % 32 == 0 and W % 32 == 0, f'image sides must be multiples of 32, got {H}x{W}'
         # The patch is 14 px and the heads want strides 8, 16, 32. Shrinking the image by 14/16 makes each patch exactly

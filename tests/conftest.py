@@ -1,6 +1,6 @@
 import os
 
-os.environ['CUDA_VISIBLE_DEVICES'] = ''                                               # tolerances and times here are a CPU's
+os.environ['CUDA_VISIBLE_DEVICES'] = ''                            # tolerances and times here are a CPU's
 
 import torch  # noqa: E402
 

@@ -72,7 +72,7 @@ def test_window_sees_its_radius_and_no_further():
 
 
 def test_native_sparse_reads_four_chosen_tiles_exactly():
-    """Exact and coarse reading differ in whether the cells of a tile can be told apart: a mean cannot."""
+    """Only the branch of the chosen tiles is on: the gradient reaches four tiles, besides the query's own."""
     mixer = make('N')
     mixer.branch_gate.weight.data.zero_()
     mixer.branch_gate.bias.data = torch.tensor([-100.0, 100.0, -100.0])               # the chosen tiles alone

@@ -1,4 +1,4 @@
-"""Settings: what is taken, what is refused, and that every config we ship fits train.py."""
+"""Settings: what is accepted, what is refused, and that every shipped config fits train.py."""
 import ast
 import subprocess
 import sys
@@ -14,18 +14,20 @@ from model import HSVDETConfig
 ROOT = Path(__file__).parents[1]
 
 
-def knobs():
-    return dict(lr=1e-3, epochs=10, name='out', on=False, imgsz=640, source='', __annotations__={'imgsz': int | tuple}, _hidden=1, path=Path)
+def settings():
+    return dict(lr=1e-3, epochs=10, name='out', on=False, imgsz=640, source='', _hidden=1, path=Path,
+                __annotations__={'imgsz': int | tuple})
 
 
 def test_overrides(tmp_path):
     (tmp_path / 'c.py').write_text('lr = lr / 2\nepochs = 20\n')
-    space = knobs()
-    got = configure(space, argv=[str(tmp_path / 'c.py'), '--epochs=30', '--name=2024', '--on=True', '--imgsz=(1088, 1920)'])
+    space = settings()
+    argv = [str(tmp_path / 'c.py'), '--epochs=30', '--name=2024', '--on=True', '--imgsz=(1088, 1920)']
+    got = configure(space, argv=argv)
     assert got == dict(lr=5e-4, epochs=30, name='2024', on=True, imgsz=(1088, 1920), source='')
     assert space['epochs'] == 30 and space['_hidden'] == 1
-    assert configure(knobs(), argv=['--lr=1'])['lr'] == 1.0
-    assert configure(knobs(), positional='source', argv=['a.jpg'])['source'] == 'a.jpg'
+    assert configure(settings(), argv=['--lr=1'])['lr'] == 1.0
+    assert configure(settings(), positional='source', argv=['a.jpg'])['source'] == 'a.jpg'
 
 
 @pytest.mark.parametrize('argv, sentence', [
@@ -43,15 +45,19 @@ def test_overrides(tmp_path):
 def test_refusals(argv, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(InputError, match=sentence.replace('(', r'\(')):
-        configure(knobs(), argv=argv)
+        configure(settings(), argv=argv)
 
 
-@pytest.mark.parametrize('text, sentence', [('lrr = 1', 'unknown setting "lrr"'), ('lr = "x"', 'lr must be float'),
-                                            ('x = (', r'line 1: SyntaxError'), ('lr = 1\nlr = nothing', 'line 2: NameError')])
+@pytest.mark.parametrize('text, sentence', [
+    ('lrr = 1', 'unknown setting "lrr"'),
+    ('lr = "x"', 'lr must be float'),
+    ('x = (', r'line 1: SyntaxError'),
+    ('lr = 1\nlr = nothing', 'line 2: NameError'),
+])
 def test_config_file_errors_name_the_file(tmp_path, text, sentence):
     (tmp_path / 'c.py').write_text(text)
     with pytest.raises(InputError, match=sentence) as e:
-        configure(knobs(), argv=[str(tmp_path / 'c.py')])
+        configure(settings(), argv=[str(tmp_path / 'c.py')])
     assert 'c.py' in str(e.value)
 
 
@@ -75,26 +81,27 @@ def test_shipped_configs_fit(path, monkeypatch):
     space = train_settings()
     assert len(space) > 40
     config = configure(space, Augment, HSVDETConfig, DETRConfig, argv=[str(path)])
-    assert path.read_text().startswith('# ') and f'config/{path.name}' in path.read_text(), 'begins with what it is and its command'
+    text = path.read_text()
+    assert text.startswith('# ') and f'config/{path.name}' in text, 'begins with what it is and its command'
     for cls in (Augment, HSVDETConfig, DETRConfig):
         build(cls, config)
 
 
 def test_dataclasses_are_settings():
-    space = knobs()
+    space = settings()
     config = configure(space, Augment, argv=['--mosaic=0.5', '--lr=1e-2'])
     assert build(Augment, config).mosaic == 0.5 and config['flip'] == Augment.flip and space['flip'] == Augment.flip
     with pytest.raises(InputError, match='unknown setting "mosiac", did you mean "mosaic"'):
-        configure(knobs(), Augment, argv=['--mosiac=1.0'])
+        configure(settings(), Augment, argv=['--mosiac=1.0'])
     with pytest.raises(InputError, match='mosaic must be float'):
-        configure(knobs(), Augment, argv=['--mosaic=much'])
+        configure(settings(), Augment, argv=['--mosaic=much'])
 
 
 def test_lenient_passes_over_names_in_files_only(tmp_path):
     (tmp_path / 'c.py').write_text('momentum = 0.9\nepochs = 3\n')
-    assert configure(knobs(), lenient=True, argv=[str(tmp_path / 'c.py')])['epochs'] == 3
+    assert configure(settings(), lenient=True, argv=[str(tmp_path / 'c.py')])['epochs'] == 3
     with pytest.raises(InputError, match='unknown setting'):
-        configure(knobs(), lenient=True, argv=['--momentum=0.9'])
+        configure(settings(), lenient=True, argv=['--momentum=0.9'])
 
 
 def test_out_of_memory_keeps_its_line(capsys):
@@ -110,4 +117,5 @@ def test_out_of_memory_keeps_its_line(capsys):
 
 def test_scripts_answer_in_one_sentence():
     done = subprocess.run([sys.executable, 'train.py', '--bogus=1'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == 'error: --bogus=1: unknown setting "bogus"; the settings are the names at the top of train.py\n'
+    assert done.returncode == 1 and done.stderr == (
+        'error: --bogus=1: unknown setting "bogus"; the settings are the names at the top of train.py\n')

@@ -1,4 +1,4 @@
-"""Pictures and boxes: the same map for both, the same bits on every path, and a sentence for every defect."""
+"""Pictures and boxes: one map for both, the same bits on every path, and a one-line message for every defect."""
 import json
 import os
 import subprocess
@@ -29,9 +29,11 @@ def strengths(**some):
 def write_coco(folder, images, annotations, categories=((1, 'a'),), name='set.json'):
     """images: [(id, file, w, h)], annotations: [(image, category, bbox, more)] -> path of the json."""
     path = os.path.join(folder, name)
+    annotations = [dict(id=k, image_id=i, category_id=c, bbox=b, **more)
+                   for k, (i, c, b, more) in enumerate(annotations, 10)]
     with open(path, 'w') as f:
         json.dump(dict(images=[dict(id=i, file_name=n, width=w, height=h) for i, n, w, h in images],
-                       annotations=[dict(id=k, image_id=i, category_id=c, bbox=b, **more) for k, (i, c, b, more) in enumerate(annotations, 10)],
+                       annotations=annotations,
                        categories=[dict(id=i, name=n) for i, n in categories]), f)
     return path
 
@@ -51,7 +53,7 @@ def shapes(tmp_path_factory):
     return out
 
 
-# ------------------------------------------------------------------------------------------ one map for pixels and boxes
+# -------------------------------------------------------------------------------- one map for pixels and boxes
 
 def painted(folder, only, kind, seed):
     """Nine pictures of odd sizes with three objects each, label = object; one of the objects white, all else black."""
@@ -65,7 +67,8 @@ def painted(folder, only, kind, seed):
                 pixels[y:y + bh, x:x + bw] = 255
             annotations.append((i, 3 * i + j, [x, y, bw, bh], {}))
         images.append((i, f'{only}_{i}.{kind}', w, h))
-        Image.fromarray(pixels).save(os.path.join(folder, f'{only}_{i}.{kind}'), **(dict(quality=95) if kind == 'jpg' else {}))
+        options = dict(quality=95) if kind == 'jpg' else {}
+        Image.fromarray(pixels).save(os.path.join(folder, f'{only}_{i}.{kind}'), **options)
     return write_coco(folder, images, annotations, [(k, f'object {k}') for k in range(27)], f'{only}.json')
 
 
@@ -77,10 +80,13 @@ def painted(folder, only, kind, seed):
     (strengths(flip=0.3, flip_vertical=0.5, quarter_turns=0.7, scale_aug=0.3, mosaic=0.5), (128, 128), 'png'),
     (None, (160, 128), 'png')])
 def test_boxes_are_where_the_pixels_are(tmp_path, augment, imgsz, kind):
+    def distinct_partners(epoch, i, count, rng):
+        return rng.permutation([j for j in range(9) if j != i])[:count].tolist()
+
     checked, worst = 0, 0.0
     for only in range(0, 27, 2):
         ds = DetectionDataset(painted(str(tmp_path), only, kind, 5), imgsz=imgsz, augment=augment)
-        ds.mosaic_indices = lambda epoch, i, count, rng: rng.permutation([j for j in range(9) if j != i])[:count].tolist()   # none twice
+        ds.mosaic_indices = distinct_partners
         assert kind == 'png' or ds.shrink.max() > 1
         for index in range(9):
             sample = ds[(3, index)]
@@ -93,7 +99,7 @@ def test_boxes_are_where_the_pixels_are(tmp_path, augment, imgsz, kind):
                 extent = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
                 checked, worst = checked + 1, max(worst, float((extent - mine[0]).abs().max()))
             else:
-                assert bright.sum() < 0.11 * 350 * 350 * 1.9           # dropped, so little of it can be in sight
+                assert bright.sum() < 0.11 * 350 * 350 * 1.9           # dropped, so little of it can be visible
     assert checked > 10 and worst <= 1.0, (checked, worst)
 
 
@@ -107,10 +113,12 @@ def test_src_dst_interval_maps_ends_to_ends():
 
 
 def test_clip_boxes_keeps_what_is_worth_it():
-    boxes = np.array([[10, 10, 20, 20], [-90, 10, 9, 20], [-91, 10, 9, 20], [50, 50, 52, 90], [0, 0, 300, 2.5], [-5, -5, 30, 30]], np.float32)
+    boxes = np.array([[10, 10, 20, 20], [-90, 10, 9, 20], [-91, 10, 9, 20], [50, 50, 52, 90], [0, 0, 300, 2.5],
+                      [-5, -5, 30, 30]], np.float32)
     kept, labels = data.clip_boxes(boxes, np.arange(6), (0, 1, 0, 400), (0, 1, 0, 400))
     assert labels.tolist() == [0, 5] and kept[1].tolist() == [0, 0, 30, 30]         # 9 %; 2 px; 120 : 1
-    assert data.clip_boxes(np.array([[-89, 10, 10, 20.]], np.float32), np.arange(1), (0, 1, 0, 400), (0, 1, 0, 400))[1].tolist() == [0]
+    box = np.array([[-89, 10, 10, 20.]], np.float32)
+    assert data.clip_boxes(box, np.arange(1), (0, 1, 0, 400), (0, 1, 0, 400))[1].tolist() == [0]
 
 
 def test_colour_and_mixup():
@@ -120,7 +128,7 @@ def test_colour_and_mixup():
     grey = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     for seed in range(20):
         out = data.color_jitter(grey, None, None, np.random.default_rng(seed), (0.5, 0.9, 0.9))[0]
-        assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])          # hue and saturation do not touch grey
+        assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])          # grey stays grey
         assert (out[0, 0].diff().int() >= 0).all() if out[0, 0, -1] else True       # and nothing wraps round
     a = (torch.zeros(3, 4, 4, dtype=torch.uint8), np.zeros((1, 4), np.float32), np.array([1]))
     b = (torch.full((3, 4, 4), 200, dtype=torch.uint8), np.ones((2, 4), np.float32), np.array([2, 3]))
@@ -129,13 +137,15 @@ def test_colour_and_mixup():
 
 
 def test_letterbox_and_back():
-    for (w, h), shape in (((640, 480), (320, 320)), ((333, 500), (256, 320)), ((17, 900), (64, 64)), ((64, 64), (64, 64))):
+    for (w, h), shape in (((640, 480), (320, 320)), ((333, 500), (256, 320)), ((17, 900), (64, 64)),
+                          ((64, 64), (64, 64))):
         image, scale, (left, top) = letterbox(noise(w, h), shape)
         assert image.shape == (*shape, 3) and image.dtype == np.uint8
         assert abs(w * scale + 2 * left - shape[1]) <= 1.5 and abs(h * scale + 2 * top - shape[0]) <= 1.5
         assert min(left, top) == 0
     image, scale, corner = letterbox(np.full((50, 100, 3), 200, np.uint8), (100, 100))
-    assert (scale, corner) == (1.0, (0, 25)) and (image[:25] == 114).all() and (image[25:75] == 200).all() and (image[75:] == 114).all()
+    assert (scale, corner) == (1.0, (0, 25))
+    assert (image[:25] == 114).all() and (image[25:75] == 200).all() and (image[75:] == 114).all()
 
 
 def test_rect_shape():
@@ -147,18 +157,20 @@ def test_rect_shape():
 
 def test_collate_pads():
     def sample(n):
-        return dict(image=torch.zeros(3, 4, 4, dtype=torch.uint8), labels=torch.arange(n), boxes=torch.ones(n, 4), index=n)
+        return dict(image=torch.zeros(3, 4, 4, dtype=torch.uint8), labels=torch.arange(n), boxes=torch.ones(n, 4),
+                    index=n)
     batch = collate([sample(0), sample(3)])
     assert batch['labels'].tolist() == [[-1, -1, -1], [0, 1, 2]] and batch['boxes'].shape == (2, 3, 4)
     assert batch['images'].dtype == torch.uint8 and batch['index'].tolist() == [0, 3] and batch['boxes'][0].sum() == 0
     assert collate([sample(0)])['labels'].tolist() == [[-1]]           # M is never 0
 
 
-# ------------------------------------------------------------------------------------------ pure samples
+# -------------------------------------------------------------------------------- pure samples
 
 def test_samples_do_not_depend_on_workers_or_cache(shapes):
-    def make(**more):
-        return DetectionDataset(os.path.join(shapes, 'train.json'), imgsz=96, augment=strengths(**FULL, mosaic_block=8), seed=7, **more)
+    def make(seed=7, **more):
+        augment = strengths(**FULL, mosaic_block=8)
+        return DetectionDataset(os.path.join(shapes, 'train.json'), imgsz=96, augment=augment, seed=seed, **more)
     keys = [(e, i) for e in (0, 1) for i in (3, 17, 30, 5, 39, 3)]
     wanted = [make()[key] for key in keys]                             # each from a fresh data set
     assert not equal(wanted[0], wanted[6]) and equal(wanted[0], wanted[5])          # another epoch, the same key again
@@ -166,16 +178,17 @@ def test_samples_do_not_depend_on_workers_or_cache(shapes):
         assert all(equal(ds[key], sample) for key, sample in zip(keys, wanted, strict=True))
         assert ds.cached_bytes <= ds.cache_mb * 2**20
     for workers in (0, 1, 2):
-        loader = torch.utils.data.DataLoader(make(), batch_sampler=[keys[:5], keys[5:9], keys[9:]], num_workers=workers, collate_fn=collate)
+        loader = torch.utils.data.DataLoader(make(), batch_sampler=[keys[:5], keys[5:9], keys[9:]],
+                                             num_workers=workers, collate_fn=collate)
         got = torch.cat([batch['images'] for batch in loader])
         assert torch.equal(got, torch.stack([s['image'] for s in wanted]))
-    other = DetectionDataset(os.path.join(shapes, 'train.json'), imgsz=96, augment=strengths(**FULL, mosaic_block=8), seed=8)
-    assert not equal(other[keys[0]], wanted[0])
+    assert not equal(make(seed=8)[keys[0]], wanted[0])
 
 
 def test_close_epoch_ends_mosaic_only(shapes):
-    ds = DetectionDataset(os.path.join(shapes, 'train.json'), imgsz=96, augment=strengths(**dict(FULL, mosaic=1.0, mixup=1.0)), no_aug_epoch=5)
-    ds.mosaic_indices = None                                                 # whoever asks for partners now fails
+    augment = strengths(**dict(FULL, mosaic=1.0, mixup=1.0))
+    ds = DetectionDataset(os.path.join(shapes, 'train.json'), imgsz=96, augment=augment, no_aug_epoch=5)
+    ds.mosaic_indices = None                                           # asking for mosaic partners now fails
     late = ds[(5, 0)]
     assert set(late['labels'].tolist()) <= set(ds.labels[0].tolist()) and not equal(late, ds[(6, 0)])
     with pytest.raises(TypeError):
@@ -185,12 +198,13 @@ def test_close_epoch_ends_mosaic_only(shapes):
 def test_block_decodes_each_picture_once(shapes, monkeypatch):
     opened, real = [], data.load_image
     monkeypatch.setattr(data, 'load_image', lambda path, *more: opened.append(path) or real(path, *more))
-    ds = DetectionDataset(os.path.join(shapes, 'train.json'), imgsz=96, augment=strengths(mosaic=1.0, scale_aug=0.5, mosaic_block=8), cache_mb=2)
+    augment = strengths(mosaic=1.0, scale_aug=0.5, mosaic_block=8)
+    ds = DetectionDataset(os.path.join(shapes, 'train.json'), imgsz=96, augment=augment, cache_mb=2)
     order = ds.order(0)
     assert sorted(order) == list(range(40)) and not (order == ds.order(1)).all()
     for i in order:
         ds[(0, int(i))]
-    assert len(opened) == 40                                           # ten pictures fit the cache, four a sample are used
+    assert len(opened) == 40                                           # ten pictures fit the cache, a sample uses four
     near = set(order[8:16].tolist())
     assert all(set(ds.mosaic_indices(0, int(order[9]), 3, np.random.default_rng(s))) <= near for s in range(9))
 
@@ -198,7 +212,8 @@ def test_block_decodes_each_picture_once(shapes, monkeypatch):
 def test_no_bit_depends_on_a_broken_neighbour_having_been_met(tmp_path, capsys):
     for i in range(6):
         noise(64, 48, i).save(tmp_path / f'{i}.png')
-    path = write_coco(str(tmp_path), [(i, f'{i}.png', 64, 48) for i in range(6)], [(i, 1, [5, 5, 30, 30], {}) for i in range(6)])
+    path = write_coco(str(tmp_path), [(i, f'{i}.png', 64, 48) for i in range(6)],
+                      [(i, 1, [5, 5, 30, 30], {}) for i in range(6)])
     (tmp_path / '2.png').write_bytes((tmp_path / '2.png').read_bytes()[:3000])
     (tmp_path / '3.png').write_bytes(b'nothing')
     ds = DetectionDataset(path, imgsz=64, augment=strengths(**FULL))
@@ -215,7 +230,7 @@ def test_no_bit_depends_on_a_broken_neighbour_having_been_met(tmp_path, capsys):
         DetectionDataset(path, imgsz=64, augment=strengths(**FULL))[(0, 0)]
 
 
-# ------------------------------------------------------------------------------------------ files as they come
+# -------------------------------------------------------------------------------- files as they come
 
 def test_every_kind_of_picture(tmp_path):
     ramp = np.linspace(0, 255, 60).astype(np.uint8)[None].repeat(40, 0)             # (40, 60)
@@ -232,9 +247,9 @@ def test_every_kind_of_picture(tmp_path):
     grey.convert('1').save(tmp_path / 'bits.png')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for name, wanted, slack in (('grey.png', grey, 0), ('grey.jpg', grey, 3), ('deep.png', grey, 0), ('cmyk.jpg', colour, 12),
-                                    ('palette.png', colour, 24), ('clear.png', colour, 24), ('alpha.png', colour, 0),
-                                    ('bits.png', grey.convert('1'), 0)):
+        for name, wanted, slack in (('grey.png', grey, 0), ('grey.jpg', grey, 3), ('deep.png', grey, 0),
+                                    ('cmyk.jpg', colour, 12), ('palette.png', colour, 24), ('clear.png', colour, 24),
+                                    ('alpha.png', colour, 0), ('bits.png', grey.convert('1'), 0)):
             image = load_image(str(tmp_path / name))
             assert image.mode == 'RGB' and image.size == (60, 40), name
             assert np.abs(np.asarray(image, int) - np.asarray(wanted.convert('RGB'), int)).max() <= slack, name
@@ -286,9 +301,12 @@ def test_commands(tmp_path, shapes):
     parts = [json.loads((tmp_path / f'all_{name}.json').read_text()) for name in ('train', 'val')]
     ids = [{image['id'] for image in part['images']} for part in parts]
     assert done.returncode == 0 and not ids[0] & ids[1] and len(ids[0] | ids[1]) == 40 and 8 <= len(ids[1]) <= 12
-    for args, words in ((['check', 'no.json'], 'no.json not found'), (['chekc', 'x'], 'there are: python data.py check'),
-                        ([], 'there are: '), (['check', 'x', '--image=y'], 'unknown setting "image"'),
-                        (['split', str(all_json)], 'is there already'), (['split', 'x.yaml'], 'takes a COCO .json')):
+    for args, words in ((['check', 'no.json'], 'no.json not found'),
+                        (['chekc', 'x'], 'there are: python data.py check'),
+                        ([], 'there are: '),
+                        (['check', 'x', '--image=y'], 'unknown setting "image"'),
+                        (['split', str(all_json)], 'is there already'),
+                        (['split', 'x.yaml'], 'takes a COCO .json')):
         done = run_data(*args)
         assert done.returncode == 1 and words in done.stderr and done.stderr.count('\n') == 1, (args, done.stderr)
 

@@ -1,4 +1,4 @@
-"""detect.py: the same boxes from Python and from the script, in the originals' pixels; and files that are no images."""
+"""detect.py: the same boxes from Python and from the script, in the original images' pixels; bad files."""
 import copy
 import json
 import os

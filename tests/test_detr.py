@@ -56,7 +56,7 @@ def randomize(model):
 
 
 def make_model(**settings):
-    """A DETR whose BatchNorms know the statistics of noise, so that the signal does not die on the way."""
+    """A DETR whose BatchNorms know the statistics of noise, so that the signal does not vanish."""
     torch.manual_seed(0)
     model = randomize(DETR(DETRConfig(**{**TINY, **settings}))).train()
     for m in model.modules():
@@ -504,3 +504,30 @@ def test_overfits_two_images(kind):
         steps.append({name: value.item() for name, value in losses['detr'][0].items()})
     first, last = steps[0], steps[-1]
     assert last['l1'] < first['l1'] / 2 and last['giou'] < first['giou'] * 0.6, (first, last)
+
+
+def test_dinov2_as_backbone(tmp_path):
+    """Frozen but for its adapters: they and the head learn; saved, loaded and fused it answers the same."""
+    torch.manual_seed(0)
+    cfg = DETRConfig(num_classes=2, backbone='dinov2_s', hidden=32, ffn=32, decoder_layers=1, queries=8, detr_heads=4)
+    model = DETR(cfg).train()
+    images = torch.rand(1, 3, 64, 64)
+    targets = dict(labels=torch.tensor([[1]]), boxes=torch.tensor([[[8.0, 8, 40, 50]]]))
+    total_loss(model(images, targets)[1]).backward()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith('backbone.blocks')]
+    assert trained and all('lora' in name for name in trained)
+    assert all(p.grad is not None for name, p in model.named_parameters() if name in trained)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if 'lora' in name:
+                p.normal_(0, 0.02)
+    model.eval()
+    want = model(images)[0]
+    torch.save(model.checkpoint(), tmp_path / 'a.pt')
+    again = DETR.from_pretrained(tmp_path / 'a.pt', verbose=False).eval()
+    for got, expected in zip(again(images)[0], want, strict=True):
+        torch.testing.assert_close(got, expected)
+    for got, expected in zip(again.fuse()(images)[0], want, strict=True):
+        assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
+    with pytest.raises(InputError, match='backbone must be'):
+        DETRConfig(backbone='dinov3')

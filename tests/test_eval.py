@@ -22,7 +22,7 @@ SHARED = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'data')
 
 
 def make_gt(*objects, images=(1, 2), categories=(3, 7)):
-    """objects: (image id, category id, [x, y, w, h]); annotation ids start at 0, as many a file's do."""
+    """objects: (image id, category id, [x, y, w, h]); annotation ids start at 0, as in many files."""
     annotations = [dict(id=n, image_id=i, category_id=c, bbox=b, area=b[2] * b[3], iscrowd=0)
                    for n, (i, c, b) in enumerate(objects)]
     return dict(images=[dict(id=i, width=100, height=100) for i in images],

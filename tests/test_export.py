@@ -41,7 +41,7 @@ def noise(*shape):
 
 @torch.no_grad()
 def set_statistics(model):
-    """The BatchNorms take their statistics from noise, so that the signal of random weights does not die on the way."""
+    """The BatchNorms take their statistics from noise, so that the signal of random weights does not vanish."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None

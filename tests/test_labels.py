@@ -1,4 +1,4 @@
-"""Label files of three formats in one table; every defect an issue or a sentence, never a traceback."""
+"""Label files of three formats in one table; a defect gives an issue or a one-line error, never a traceback."""
 import json
 import os
 import random
@@ -418,7 +418,7 @@ def mutate_value(value, rng):
 
 
 def check_table(source):
-    """Whatever the files hold: InputError, or a table that keeps its promises."""
+    """Whatever the files hold: InputError, or a table that satisfies its invariants."""
     try:
         table = read_labels(source)
     except InputError as e:

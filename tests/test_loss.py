@@ -1,4 +1,4 @@
-"""Boxes, assignment and losses: reference arrays, and the cases that hurt silently."""
+"""Boxes, assignment and losses: reference arrays, and edge cases whose failure would go unnoticed."""
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ def test_assign_reference():
     assert torch.equal(assigned_gt_idx >= 0, d['foreground'])
     assert torch.equal(assigned_gt_idx[d['foreground']], d['assigned_gt'][d['foreground']])
     torch.testing.assert_close(target_scores, d['target_scores'], rtol=1e-5, atol=1e-6)
-    for budget in (1, 2000):                                                          # one object at a time, a few at a time
+    for budget in (1, 2000):                                           # one object at a time, a few at a time
         again = assign(*args, budget=budget)
         assert torch.equal(again[0], assigned_gt_idx) and torch.equal(again[1], target_scores)
 
@@ -67,8 +67,10 @@ def test_head_and_loss_reference():
     boxes = decode_boxes(rows[..., :64], points, strides)
     centre, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
     decoded = torch.cat((centre, size, rows[..., 64:].sigmoid()), -1).transpose(1, 2)
-    torch.testing.assert_close(decoded, d['decoded'], rtol=1e-5, atol=1e-4)            # a centre is a difference of numbers near 100
-    assigned_gt_idx, _ = assign(rows[..., 64:].sigmoid().detach(), boxes.detach(), points, targets['labels'], targets['boxes'])
+    # atol: a centre is a difference of numbers near 100
+    torch.testing.assert_close(decoded, d['decoded'], rtol=1e-5, atol=1e-4)
+    scores = rows[..., 64:].sigmoid().detach()
+    assigned_gt_idx, _ = assign(scores, boxes.detach(), points, targets['labels'], targets['boxes'])
     assert torch.equal(assigned_gt_idx >= 0, d['foreground'])
     assert torch.equal(assigned_gt_idx[d['foreground']], d['assigned_gt'][d['foreground']])
     losses = normalized(*detection_loss(maps, targets))
@@ -91,14 +93,17 @@ def losses_of(boxes, labels, maps=None):
     labels, boxes = torch.tensor(labels).long(), torch.tensor(boxes).float().reshape(-1, 4)
     losses = normalized(*detection_loss(maps, pad(torch.zeros(len(labels), dtype=torch.long), labels, boxes, B)))
     sum(losses.values()).backward()
-    assert all(value.isfinite() for value in losses.values()) and all(m.grad is not None and m.grad.isfinite().all() for m in maps)
+    assert all(value.isfinite() for value in losses.values())
+    assert all(m.grad is not None and m.grad.isfinite().all() for m in maps)
     return losses, maps
 
 
 def test_no_objects_at_all():
     losses, maps = losses_of([], [])
     assert losses['box'] == 0 and losses['dfl'] == 0 and losses['cls'] > 0
-    assert all((m.grad[:, :64] == 0).all() and (m.grad[:, 64:] != 0).all() for m in maps), 'all background: only classes learn, everywhere'
+    for m in maps:
+        assert (m.grad[:, :64] == 0).all() and (m.grad[:, 64:] != 0).all(), \
+            'all background: only classes learn, everywhere'
 
 
 @pytest.mark.parametrize('boxes', [
@@ -145,12 +150,13 @@ def test_five_hundred_objects_in_one_image():
 
 
 def test_crowded_batch_in_bounded_memory():
-    """2,000 objects in each of 8 images of 1280 px: dense (B, M, A) matrices would take 2.1 GB apiece; here some hundred MB in all."""
+    """2,000 objects in each of 8 images of 1280 px, in a few hundred MB: a dense (B, M, A) matrix would take 2.1 GB."""
     from bench import LiveMemory
     g = torch.Generator().manual_seed(0)
     B, M, K = 8, 2000, 2
     points, strides = make_anchor_points([torch.empty(1, 1, 1280 // s, 1280 // s) for s in (8, 16, 32)])
-    boxes = (torch.cat((points - strides * 2, points + strides * 2), 1) + torch.randn(len(points), 4, generator=g)).expand(B, -1, 4).contiguous()
+    boxes = torch.cat((points - strides * 2, points + strides * 2), 1) + torch.randn(len(points), 4, generator=g)
+    boxes = boxes.expand(B, -1, 4).contiguous()
     centre, size = torch.rand(B, M, 2, generator=g) * 1280, torch.rand(B, M, 2, generator=g) * 40 + 8
     gt = torch.cat((centre - size / 2, centre + size / 2), 2)
     scores, labels = torch.rand(B, len(points), K, generator=g), torch.randint(0, K, (B, M), generator=g)
@@ -158,7 +164,8 @@ def test_crowded_batch_in_bounded_memory():
         assigned_gt_idx, target_scores = assign(scores, boxes, points, labels, gt)
     assert memory.peak < 400 * 2 ** 20, memory.peak
     assert len(assigned_gt_idx[0].unique()) > 1500
-    assert torch.equal(assigned_gt_idx[3], assign(scores[3:4], boxes[3:4], points, labels[3:4], gt[3:4])[0][0]), 'an image alone gets the same'
+    alone = assign(scores[3:4], boxes[3:4], points, labels[3:4], gt[3:4])[0][0]
+    assert torch.equal(assigned_gt_idx[3], alone), 'an image alone gets the same'
 
 
 def naive_assign(scores, boxes, points, gt_labels, gt_boxes, topk=10):
@@ -198,7 +205,7 @@ def test_assign_equals_dense_on_crowds():
 def test_dfl_by_hand():
     sides = torch.zeros(1, 4, 16)
     torch.testing.assert_close(dfl(sides, torch.full((1, 4), 3.25)), torch.tensor([np.log(16)]).float())
-    sides[..., 3], sides[..., 4] = 20.0 + np.log(3), 20.0                             # three quarters on bin 3, one on bin 4
+    sides[..., 3], sides[..., 4] = 20.0 + np.log(3), 20.0              # three quarters on bin 3, one on bin 4
     want = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     assert dfl(sides, torch.full((1, 4), 3.25)).item() == pytest.approx(want, abs=1e-4)
     assert dfl(sides, torch.full((1, 4), 99.0)).isfinite().all()                      # clamped to the last bin
@@ -211,6 +218,7 @@ def test_sums_divide_into_the_mean():
     sums, normalizer = detection_loss(maps, targets)
     total = total_loss(dict(one2many=(sums, normalizer)))
     torch.testing.assert_close(total, sum(sums.values()) / normalizer)
-    parts = [detection_loss([m[b:b + 1] for m in maps], {key: t[b:b + 1] for key, t in targets.items()}) for b in range(3)]
+    parts = [detection_loss([m[b:b + 1] for m in maps], {key: t[b:b + 1] for key, t in targets.items()})
+             for b in range(3)]
     for name, value in sums.items():
         torch.testing.assert_close(sum(part[name] for part, _ in parts) / sum(n for _, n in parts), value / normalizer)

@@ -1,4 +1,4 @@
-"""The network: counts, table, NMS, inference form, weights from elsewhere."""
+"""The network: counts, table, NMS, inference form, loading other weights."""
 import os
 import pickle
 import zipfile
@@ -37,8 +37,13 @@ def alive(model):
 
 # --- counts and table ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('scale, count, gflops', [('n', 3_157_200, 8.7), ('s', 11_166_560, 28.6), ('m', 25_902_640, 78.9),
-                                                  ('l', 43_691_520, 165.1), ('x', 68_229_648, 257.8)])
+@pytest.mark.parametrize('scale, count, gflops', [
+    ('n', 3_157_200, 8.7),
+    ('s', 11_166_560, 28.6),
+    ('m', 25_902_640, 78.9),
+    ('l', 43_691_520, 165.1),
+    ('x', 68_229_648, 257.8),
+])
 def test_published_counts(scale, count, gflops):
     table = layer_table(HSVDET(HSVDETConfig(scale=scale, attn='---')), 640, 640)
     assert sum(row[4] for row in table) == count
@@ -54,11 +59,13 @@ def test_counts_with_the_block():
 
 
 def test_docstring_table_is_the_network():
-    written = [line.split('|') for line in HSVDET.__doc__.splitlines() if line.count('|') >= 5 and line.split('|')[0].strip().isdigit()]
+    rows = [line.split('|') for line in HSVDET.__doc__.splitlines()]
+    written = [row for row in rows if len(row) >= 6 and row[0].strip().isdigit()]
     table = layer_table(HSVDET(HSVDETConfig(scale='l')), 1088, 1920)
     assert len(written) == len(table) == 25
     names = [row[1] for row in table]
-    for (i, source, module, args, shape, name, *_), (index, ran, layer, shapes, _, _) in zip(written, table, strict=True):
+    for row, (index, ran, layer, shapes, _, _) in zip(written, table, strict=True):
+        i, source, module, args, shape, name, *_ = row
         assert (int(i), name.strip()) == (index, ran)
         kind, _, repeats = module.strip().partition(' x')
         assert type(layer).__name__.startswith(kind)
@@ -74,7 +81,7 @@ def test_docstring_table_is_the_network():
             assert [s[1:] for s in shapes] == [(136, 240), (68, 120), (34, 60)]
         else:
             assert 'x'.join(map(str, shapes[0])) == shape.strip()
-        if kind == 'Concat':                                                          # its width is the sum of its sources'
+        if kind == 'Concat':                                           # its width is the sum of its sources' widths
             parts = [table[int(i) - 1 if s.strip() == '-1' else int(s)][3][0][0] for s in source.split(',')]
             assert sum(parts) == shapes[0][0]
     assert names[10] == 'block5' and names[14] == 'block4'
@@ -90,7 +97,7 @@ def test_shapes_of_maps_and_points():
         model(torch.rand(1, 3, 60, 96))
 
 
-# --- the gate, inference form, checkpointing -----------------------------------------------------------------------------
+# --- the gate, inference form, checkpointing --------------------------------------------------------------------------
 
 def test_gate_zero_is_yolov8_bit_for_bit(tmp_path):
     plain = alive(small(attn='---'))
@@ -104,7 +111,8 @@ def test_gate_zero_is_yolov8_bit_for_bit(tmp_path):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize('settings', [dict(attn='SSS', k=20), dict(attn='-FD'), dict(select='learned', k=20), dict(heads=4, k=20)], ids=str)
+@pytest.mark.parametrize('settings', [dict(attn='SSS', k=20), dict(attn='-FD'), dict(select='learned', k=20),
+                                      dict(heads=4, k=20)], ids=str)
 def test_fused_equals_unfused(settings):
     model = alive(small(**settings))
     x = torch.rand(1, 3, 128, 96)
@@ -118,7 +126,8 @@ def test_fused_equals_unfused(settings):
 
 def test_activation_checkpointing_changes_nothing():
     x = torch.rand(2, 3, 64, 64)
-    targets = dict(labels=torch.tensor([[1, 2], [0, -1]]), boxes=torch.tensor([[[4.0, 4, 40, 50], [20, 8, 60, 30]], [[1, 1, 63, 63], [0, 0, 0, 0]]]))
+    targets = dict(labels=torch.tensor([[1, 2], [0, -1]]),
+                   boxes=torch.tensor([[[4.0, 4, 40, 50], [20, 8, 60, 30]], [[1, 1, 63, 63], [0, 0, 0, 0]]]))
     results = []
     for checkpointing in (False, True):
         model = alive(small(k=4)).train()
@@ -132,7 +141,8 @@ def test_activation_checkpointing_changes_nothing():
 def test_compiled_training_step_is_the_eager_one():
     """As train.py does it, the code generator left out (that is PyTorch's own to test): losses and gradients agree."""
     x = torch.rand(2, 3, 64, 64)
-    targets = dict(labels=torch.tensor([[1, 2], [0, -1]]), boxes=torch.tensor([[[4.0, 4, 40, 50], [20, 8, 60, 30]], [[1, 1, 63, 63], [0, 0, 0, 0]]]))
+    targets = dict(labels=torch.tensor([[1, 2], [0, -1]]),
+                   boxes=torch.tensor([[[4.0, 4, 40, 50], [20, 8, 60, 30]], [[1, 1, 63, 63], [0, 0, 0, 0]]]))
     results = []
     for compiled in (False, True):
         model = alive(small(k=4)).train()
@@ -175,7 +185,7 @@ def test_groups_leave_gates_norms_and_biases_undecayed():
     assert {g['lr'] for g in groups if g['part'] == 'block'} == {2e-3}
 
 
-# --- NMS -----------------------------------------------------------------------------------------------------------------
+# --- NMS --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('mode, conf, iou, multi_label', [('val', 0.001, 0.7, True), ('predict', 0.25, 0.45, False)])
 def test_nms_reference(mode, conf, iou, multi_label):
@@ -225,7 +235,7 @@ def test_detect_leaves_the_mode_and_orders_by_score():
     assert all(f.shape[1] == 6 and (f[1:, 4] <= f[:-1, 4]).all() for f in found)
 
 
-# --- weights -------------------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 def test_save_and_load(tmp_path):
     model = alive(small(attn='-S-', select='learned', k=0.25))
@@ -253,11 +263,13 @@ def test_genuine_yolov8_checkpoint(capsys):
     model = HSVDET.from_pretrained(str(WEIGHTS / 'yolov8n_bccd.pt'), attn='-SS')
     said = capsys.readouterr().out
     assert '355 tensors matched' in said and 'block5 starts fresh (7)' in said and 'block4 starts fresh (7)' in said
-    assert model.names == ['RBC', 'WBC', 'Platelets'] and model.cfg.scale == 'n' and model.detect_head.bins.tolist() == list(range(16))
+    assert model.names == ['RBC', 'WBC', 'Platelets'] and model.cfg.scale == 'n'
+    assert model.detect_head.bins.tolist() == list(range(16))
 
 
 @needs_weights
-@pytest.mark.parametrize('name, sentence', [('yolov8l_truncated', 'not a complete checkpoint'), ('yolov5n_untrusted', 'not a YOLOv8 detector')])
+@pytest.mark.parametrize('name, sentence', [('yolov8l_truncated', 'not a complete checkpoint'),
+                                            ('yolov5n_untrusted', 'not a YOLOv8 detector')])
 def test_bad_checkpoints_are_refused(name, sentence):
     with pytest.raises(InputError, match=sentence):
         HSVDET.from_pretrained(str(WEIGHTS / f'{name}.pt'))
@@ -312,7 +324,9 @@ def test_other_files_get_a_sentence(tmp_path, content):
         with zipfile.ZipFile(path, 'w') as z:
             z.writestr('hello.txt', 'hello')
     else:
-        torch.save({'tensor': torch.ones(3), 'list': [1, 2], 'config': dict(model_config=dict(size='n'), model={}, names=[]),
+        torch.save({'tensor': torch.ones(3),
+                    'list': [1, 2],
+                    'config': dict(model_config=dict(size='n'), model={}, names=[]),
                     'module': torch.nn.Linear(2, 2)}[content], path)
     with pytest.raises(InputError, match='x.pt'):
         HSVDET.from_pretrained(str(path))
@@ -327,18 +341,19 @@ def test_a_flipped_byte_is_noticed(tmp_path):
         HSVDET.from_pretrained(str(tmp_path / 'm.pt'))
 
 
-@pytest.mark.parametrize('settings', [dict(scale='q'), dict(attn='SS'), dict(attn='-SZ'), dict(select='best'), dict(gate='open'),
-                                      dict(k=-1), dict(k=2.5), dict(k=1.0), dict(heads=3), dict(num_classes=0)], ids=str)
+@pytest.mark.parametrize('settings', [dict(scale='q'), dict(attn='SS'), dict(attn='-SZ'), dict(select='best'),
+                                      dict(gate='open'), dict(k=-1), dict(k=2.5), dict(k=1.0), dict(heads=3),
+                                      dict(num_classes=0)], ids=str)
 def test_wrong_settings(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         HSVDETConfig(**settings)
 
 
-# --- what the block is for -----------------------------------------------------------------------------------------------
+# --- what the block is for --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('attn, sees', [('---', False), ('-DD', False), ('-SS', True), ('-FF', True)])
 def test_only_attention_sees_far(attn, sees):
-    """The far set's claim: beyond column 1,100 no convolution of scale n feels what is left of column 64."""
+    """Beyond column 1,100 no convolution of scale n depends on what is left of column 64: the far set needs this."""
     model = alive(small(attn=attn, num_classes=6))
     x = torch.rand(1, 3, 32, 2048)
     changed = x.clone()

@@ -15,7 +15,7 @@ def test_orthogonalize_makes_singular_values_equal(shape):
     assert torch.linalg.svdvals(got).min() > 0.5 and torch.linalg.svdvals(got).max() < 1.3       # the quintic's band
     cosine = (got * (u @ vh)).sum() / got.norm() / (u @ vh).norm()
     assert cosine > 0.95
-    torch.testing.assert_close(orthogonalize(matrix * 1e3), got, rtol=1e-2, atol=1e-3)             # scale does not matter
+    torch.testing.assert_close(orthogonalize(matrix * 1e3), got, rtol=1e-2, atol=1e-3)         # scale does not matter
 
 
 def test_muon_step_by_hand():

@@ -1,4 +1,4 @@
-"""Pictures: sizes, a few pixels, and files that are there. What they look like is for eyes."""
+"""Pictures: sizes, a few pixels, and files that are there. Their look is not tested."""
 import builtins
 import csv
 

@@ -8,8 +8,9 @@ import torch
 from sparse_attention import SparseGlobalBlock, SparseGlobalBlockGated, stable_topk
 
 REFERENCE = Path(__file__).parent / 'reference'
-SETTINGS = [dict(), dict(k=0), dict(k=0.25), dict(k=1000), dict(select='l2'), dict(select='learned'), dict(select='none'),
-            dict(heads=4), dict(pos=True), dict(k=0, heads=2, pos=True), dict(k=30, heads=2, select='learned'), dict(gate='fixed'), dict(gate='none')]
+SETTINGS = [dict(), dict(k=0), dict(k=0.25), dict(k=1000), dict(select='l2'), dict(select='learned'),
+            dict(select='none'), dict(heads=4), dict(pos=True), dict(k=0, heads=2, pos=True),
+            dict(k=30, heads=2, select='learned'), dict(gate='fixed'), dict(gate='none')]
 
 
 def make(c=32, seed=0, open_to=0.7, **settings):
@@ -35,7 +36,12 @@ def test_reference(name, path):
         selected, _ = block.select_tokens(d['x'])
         assert torch.equal(selected.sort(1).values, d['selected'])
         with torch.no_grad():
-            y = block.forward_reference(d['x']) if path == 'plain' else block.merge_projections()(d['x']) if path == 'folded' else block(d['x'])
+            if path == 'plain':
+                y = block.forward_reference(d['x'])
+            elif path == 'folded':
+                y = block.merge_projections()(d['x'])
+            else:
+                y = block(d['x'])
         torch.testing.assert_close(y, d['gated' if gated else 'block'], rtol=1e-5, atol=2e-6)
 
 
@@ -54,9 +60,10 @@ def test_fast_equals_definition(settings):
     assert len(results[0]) == len(results[1]) > 3
     for fast, slow in zip(*results, strict=True):
         assert (fast - slow).abs().max() <= 1e-12 * max(1, slow.abs().max())
-    with torch.no_grad():                                              # where the fast path writes into its own memory, not into x
+    want = results[0][0]
+    with torch.no_grad():                        # here the fast path writes into its own memory, which must not be x
         for some in (x.clone(), x.to(memory_format=torch.channels_last)):
-            assert (block(some) - results[0][0]).abs().max() <= 1e-12 * results[0][0].abs().max() and torch.equal(some, x)
+            assert (block(some) - want).abs().max() <= 1e-12 * want.abs().max() and torch.equal(some, x)
 
 
 def test_random_selection_repeats_in_evaluation_and_varies_in_training():
@@ -76,7 +83,9 @@ def test_memory_formats_agree(memory_format):
 
 
 def test_ties_go_to_the_lower_index():
-    importance = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [-1.0, -2.0, -2.0, 5.0, -2.0, -9.0]])
+    importance = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 3.0],
+                               [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+                               [-1.0, -2.0, -2.0, 5.0, -2.0, -9.0]])
     assert stable_topk(importance, 3).sort(1).values.tolist() == [[1, 2, 4], [0, 1, 2], [0, 1, 3]]
     many = torch.randint(0, 5, (4, 1000)).float() - 2
     want = many.sort(dim=1, descending=True, stable=True).indices[:, :300].sort(1).values
@@ -105,7 +114,7 @@ def test_learned_selection_gets_a_gradient():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_large_inputs_stay_finite_under_autocast(dtype):
-    """Activations of 1e3 in half precision: finite outputs and gradients here, not in the definition computed in fp16."""
+    """Activations of 1e3 in half precision: finite outputs and gradients; the definition, all in fp16, overflows."""
     block = make(c=64, k=20)
     x = (torch.randn(1, 64, 8, 8) * 1e3).to(dtype).requires_grad_()
     with torch.autocast('cpu', dtype):
@@ -115,7 +124,7 @@ def test_large_inputs_stay_finite_under_autocast(dtype):
     assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in block.parameters())
     wide = block.float()(x.detach().float())
     assert (y.float() - wide).abs().max() < 0.02 * wide.abs().max()
-    if dtype == torch.float16:                                                        # the same text, all of it in fp16
+    if dtype == torch.float16:                                         # the same formula, all of it in fp16
         t = x.detach().flatten(2).transpose(1, 2)
         half = {name: getattr(block, f'{name}_proj').weight.detach().flatten(1).half() for name in ('q', 'k', 'v')}
         assert t.square().sum(2).isinf().all(), 'a sum of squares leaves fp16: every token ties at infinity'
