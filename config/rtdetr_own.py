@@ -1,6 +1,6 @@
 # RT-DETR on your own data, when that is hundreds of images and not a hundred thousand. It does not start from nothing:
-# first train a detector of ours, whose backbone has then learned detection, and give it here.
 # first train a detector of ours, whose backbone has then learned detection, and give it here:
+#   python train.py config/finetune_own.py --attn=--- --out_dir=out/trunk --train_data=my/train.json --val_data=...
 #   python train.py config/rtdetr_own.py --train_data=my/train.json --val_data=my/val.json --init_from=out/trunk/best.pt
 exec(open('config/finetune_own.py').read())
 out_dir = 'out/rtdetr_own'

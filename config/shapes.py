@@ -13,7 +13,7 @@ mosaic = 0.0                 # these pictures are crowded as they are, and as va
 scale_aug = 0.0
 translate = 0.05
 
-epochs = 3
+epochs = 4
 batch_size = 8               # many small steps teach more than few large ones in so short a run
 warmup_epochs = 0.5
 no_aug_epochs = 0            # without Mosaic there is nothing to switch off
