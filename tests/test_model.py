@@ -1,6 +1,8 @@
 """The network: counts, table, NMS, inference form, loading other weights."""
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -362,3 +364,10 @@ def test_only_attention_sees_far(attn, sees):
         differs = [(a[..., m * 1100 // 2048 + 1:] != b[..., m * 1100 // 2048 + 1:]).any().item()
                    for a, b, m in zip(model(x)[0], model(changed)[0], (256, 128, 64), strict=True)]
     assert all(differs) if sees else not any(differs)
+
+
+def test_importing_the_network_changes_no_switch_of_the_process():
+    code = ('import torch; switches = torch.backends.cudnn.allow_tf32, torch.get_num_threads(); import model, eval; '
+            'assert switches == (torch.backends.cudnn.allow_tf32, torch.get_num_threads())')
+    done = subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
