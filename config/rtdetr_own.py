@@ -2,6 +2,7 @@
 # first train a detector of ours, whose backbone has then learned detection, and give it here:
 #   python train.py config/finetune_own.py --attn=--- --out_dir=out/trunk --train_data=my/train.json --val_data=...
 #   python train.py config/rtdetr_own.py --train_data=my/train.json --val_data=my/val.json --init_from=out/trunk/best.pt
+# A starting point, not tuned: 88 steps from such a backbone ended at AP 0.22 on blood cells (RESULTS.md).
 exec(open('config/finetune_own.py').read())
 out_dir = 'out/rtdetr_own'
 arch = 'rtdetr'
