@@ -107,7 +107,7 @@ def check_archive(path):
             raise zipfile.BadZipFile(broken)
     except FileNotFoundError:
         raise InputError(f'checkpoint {path} not found: train one with python train.py config/shapes.py, '
-                         'or give --weights=') from None
+                         'or give the path of another') from None
     except IsADirectoryError:
         raise InputError(f'{path} is a folder: give the checkpoint in it, such as {path}/best.pt') from None
     except (zipfile.BadZipFile, OSError, EOFError) as e:

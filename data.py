@@ -2,7 +2,7 @@
 Images and boxes: reading, augmenting, batching.
 
     python data.py check data/shapes/val.json       what is in a dataset, and what is wrong with it
-    python data.py split my/all.json --val=0.2      train.json and val.json of one COCO file
+    python data.py split my/all.json --val=0.2      my/all_train.json and my/all_val.json of it
     python train.py config/shapes.py --show_batch=True    one augmented batch as a picture: look before you train
 
     data = DetectionDataset('data/shapes/train.json', imgsz=256, augment=Augment(mosaic=1.0))

@@ -302,7 +302,7 @@ def read_coco_set(table, folder, names):
     folder = folder or find_images(source, files)
     found, listed = find_coco_images(table, data['images'], folder)
     if not data['annotations']:
-        raise InputError(f'{source} has no annotations: nothing can be learned from it, give a labelled set')
+        raise InputError(f'{source} has no annotations: give a labelled set')
     if not found:
         raise InputError(f'not one image of {source} found in {folder or "the folders beside it"}: name the folder '
                          f'that holds {printable((files or ["them"])[0])} (train_images, val_images or --images)')

@@ -180,7 +180,7 @@ def detection_loss(maps, targets, loss_weights=(7.5, 0.5, 1.5), topk=10):
     """
     maps: three raw maps (B, 64 + K, H, W); targets: labels (B, M) with -1 for padding, boxes (B, M, 4) in pixels
     -> sums, normalizer: dict(box=, cls=, dfl=) of scalars, weighted by `loss_weights`, and the scalar that each is to
-    be divided by, the sum of the target scores (at least 1).
+    be divided by, the sum of the target scores (where that is below 1, by 1).
 
     They come undivided so that sums over micro-batches and ranks can be divided once, by the normalizer of the whole
     batch, which no part of it knows alone; total_loss does it for one batch. An image or batch without objects keeps
