@@ -550,8 +550,7 @@ def read_labels(source, images='', names=None):
     if not table.files:
         raise InputError(f'not one image of {source} can be used{quoted}: check the folder of the images')
     if not any(map(len, table.labels)):
-        raise InputError(f'{source} has no usable annotations{quoted}: nothing can be learned from it, give a labelled '
-                         'set')
+        raise InputError(f'{source} has no usable annotations{quoted}: give a labelled set')
     table.sizes = np.array(table.sizes, np.int64)                      # (n, 2) w, h
     return table
 
