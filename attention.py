@@ -1,10 +1,11 @@
 """
 The other letters of the `attn` string: kinds of attention to compare with the sparse block, S (sparse_attention.py).
 
-A mixer is built by (c, cfg); cfg has k, select, heads, pos, as HSVDETConfig does. forward(x, memory=None) -> y, x and y
-(B, C, H, W) of any size, y without the residual; memory (B, T, C) is tokens from another level or frame that the
-queries may attend to as well. `Gated` adds the residual and the gate, the same for every letter. HELP says in a line
-what each letter is and what it costs; make_block builds one.
+A mixer is built by (c, cfg); cfg has k, select, heads, pos, keep, as HSVDETConfig does. forward(x, memory=None) -> y,
+x and y (B, C, H, W) of any size, y without the residual; memory (B, T, C) is tokens from another level or frame that
+the queries may attend to as well. (T, which selects tokens, takes two more arguments, as S does.) `Gated` adds the
+residual and the gate, the same for every letter. HELP says in a line what each letter is and what it costs; make_block
+builds one.
 
 Each class has forward_reference, its definition with the same weights: dense, masked, as slow as it reads. forward is
 the fast path, and tests/test_attention.py compares the two in float64. Logits, softmax and sums are float32 under
@@ -416,7 +417,7 @@ class TokensOnly(SparseGlobalBlock):
     """
 
     def __init__(self, c, cfg):
-        super().__init__(c, cfg.k, cfg.select, cfg.heads, cfg.pos)
+        super().__init__(c, cfg.k, cfg.select, cfg.heads, cfg.pos, cfg.keep)
 
     def maps(self, placed, t, memory=None):
         """Tokens with and without positions (B, n, C) -> q (B, heads, n, d), k and v (B, heads, n + T, d)."""
@@ -424,30 +425,34 @@ class TokensOnly(SparseGlobalBlock):
         q, k = self.norm_as(project(placed, self.q_proj)), self.norm_as(project(placed_k, self.k_proj))
         return self.split(q), self.split(k), self.split(project(t, self.v_proj))
 
-    def forward_reference(self, x, memory=None):
+    def forward_reference(self, x, memory=None, seen=None, chosen=None):
         B, C, H, W = x.shape
         t = tokens(x)                                                                 # (B, N, C)
         q, k, v = self.maps(t + sincos_2d(H, W, C, x.device).to(t.dtype) if self.pos else t, t, memory)
-        selected, s = self.select_tokens(x)
-        chosen = torch.zeros(B, H * W, dtype=torch.bool, device=x.device).scatter(1, selected, True)
-        seen = F.pad(chosen, (0, k.shape[2] - H * W), value=True)                     # (B, N + T)
-        y = masked_attention(q, k, v, seen[:, None, None]).transpose(1, 2).flatten(2)                # (B, N, C)
-        y = project(y, self.out_proj) * chosen[..., None]
+        selected, s, kept = self.select_tokens(x) if chosen is None else chosen
+        kept = torch.ones_like(selected, dtype=torch.bool) if kept is None else kept
+        attends = torch.zeros(B, H * W, dtype=torch.bool, device=x.device).scatter(1, selected, kept)
+        mask = self.key_mask(H * W, k.shape[2] - H * W, attends, seen)                # (B, 1, 1, N + T)
+        y = masked_attention(q, k, v, mask).transpose(1, 2).flatten(2)                # (B, N, C)
+        y = project(y, self.out_proj) * attends[..., None]
         if s is not None:
             y = y * self.score(t).sigmoid()
         return y.transpose(1, 2).unflatten(2, (H, W))
 
-    def forward(self, x, memory=None):
+    def forward(self, x, memory=None, seen=None, chosen=None):
         B, C, H, W = x.shape
-        selected, s = self.select_tokens(x)                                           # (B, k)
+        selected, s, kept = self.select_tokens(x) if chosen is None else chosen       # (B, k) each
         rows = selected[..., None].expand(-1, -1, C)                                  # (B, k, C)
         with autocast_off(x):
             t = tokens(x).gather(1, rows).to(torch.promote_types(x.dtype, torch.float32))            # (B, k, C)
             q, k, v = self.maps(t + sincos_2d(H, W, C, x.device).to(t.dtype)[selected] if self.pos else t, t, memory)
-            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            mask = self.key_mask(t.shape[1], k.shape[2] - t.shape[1], kept, seen)
+            y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
             y = project(y, self.out_proj)                                             # (B, k, C)
             if s is not None:
                 y = y * s.sigmoid()[..., None]
+            if kept is not None:
+                y = y * kept[..., None]
         y = x.new_zeros(B, H * W, C).scatter_(1, rows, y.to(x.dtype))                 # (B, N, C)
         return y.transpose(1, 2).unflatten(2, (H, W))
 
@@ -456,7 +461,7 @@ class TokensOnly(SparseGlobalBlock):
 
 class Gated(nn.Module):
     """
-    y = x + gate * mixer(x, memory). gate: 'learned' (a scalar from 0: the identity) | 'fixed' (0.5) | 'none' (1).
+    y = x + gate * mixer(x, memory, ...). gate: 'learned' (a scalar from 0: the identity) | 'fixed' (0.5) | 'none' (1).
 
     The product is taken in float32: the gate's gradient is a sum over B C H W terms, which fp16 cannot hold. Weight
     decay must leave the gate alone.
@@ -468,8 +473,8 @@ class Gated(nn.Module):
         start = {'learned': 0.0, 'fixed': 0.5, 'none': 1.0}[gate]
         self.gate = nn.Parameter(torch.tensor(start), requires_grad=gate == 'learned')
 
-    def forward(self, x, memory=None):
-        y = self.mixer(x, memory)
+    def forward(self, x, memory=None, *more):
+        y = self.mixer(x, memory, *more)
         return x + (self.gate * y.to(torch.promote_types(y.dtype, torch.float32))).to(x.dtype)
 
     def fuse(self):
@@ -491,4 +496,10 @@ def make_block(letter, c, cfg):
     if letter == '-':
         return None
     k, select = {'S': (cfg.k, cfg.select), 'F': (0, 'l2sq'), 'D': (0, 'none')}[letter]
-    return SparseGlobalBlockGated(c, k, select, cfg.heads, cfg.pos, cfg.gate)
+    return SparseGlobalBlockGated(c, k, select, cfg.heads, cfg.pos, cfg.gate, cfg.keep if letter == 'S' else '')
+
+
+def selecting(block):
+    """The part of a block that selects tokens, a SparseGlobalBlock (S, F, T); None where none does."""
+    mixer = block.mixer if isinstance(block, Gated) else block
+    return mixer if isinstance(mixer, SparseGlobalBlock) and mixer.select != 'none' else None

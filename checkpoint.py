@@ -2,7 +2,7 @@
 Files with weights: written so that a crash costs nothing, read so that no foreign file gets to run code.
 
     read_checkpoint(path)     the content of a .pt file, ours or a foreign one, without executing anything in it
-    read_weights(path)        of it: architecture, config, tensors, class names, image size; YOLOv8 files converted
+    read_weights(path)        of it: architecture, config, tensors, class names, image size, best F1; YOLOv8 converted
     fill(model, weights, ...) tensors into a model; says which parts start fresh, refuses what does not fit
     write_checkpoint(...)     beside, then renamed: an old file is never half overwritten
 
@@ -17,6 +17,7 @@ import os
 import pickle
 import types
 import zipfile
+import zlib
 
 import torch
 
@@ -110,7 +111,7 @@ def check_archive(path):
                          'or give the path of another') from None
     except IsADirectoryError:
         raise InputError(f'{path} is a folder: give the checkpoint in it, such as {path}/best.pt') from None
-    except (zipfile.BadZipFile, OSError, EOFError) as e:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, zlib.error) as e:       # all zipfile's
         raise InputError(f'{path} is not a complete checkpoint ({e}): the download or the write broke off, '
                          'fetch it again') from None
     if is_program:
@@ -138,23 +139,51 @@ def read_checkpoint(path):
     return saved
 
 
+def check_best_f1(value, path):
+    """
+    What a file says of the score with the best F1: None, or a dict of score, P, R, F1, each in 0..1 or None, and
+    by_class, a dict of such dicts by class name -> the same in plain floats. Raises InputError.
+    """
+    def figures(d):
+        row = {key: None if d[key] is None else float(d[key]) for key in ('score', 'P', 'R', 'F1')}
+        if not all(v is None or 0 <= v <= 1 for v in row.values()) or len({v is None for v in row.values()}) > 1:
+            raise ValueError(f'{row} are not all in 0..1')
+        return row
+
+    try:
+        if value is None:
+            return None
+        return figures(value) | dict(by_class={str(name): figures(d) for name, d in value['by_class'].items()})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise InputError(f'{path} is damaged: its best_f1 should hold score, P, R, F1 and by_class '
+                         f'({type(e).__name__}: {e}); take another copy, or train again') from None
+
+
 def read_weights(path):
     """
-    A .pt file -> dict(arch, config, weights, names, imgsz): 'hsvdet' or 'rtdetr', the fields of its config dataclass,
-    tensors by name (EMA weights where there are some), class names, (H, W) or None. Raises InputError.
+    A .pt file -> dict(arch, config, weights, names, imgsz, best_f1): 'hsvdet' or 'rtdetr', the fields of its config
+    dataclass, tensors by name (EMA weights where there are some), class names, (H, W) or None, and what check_best_f1
+    returns (None for foreign files, and for ours from before they had it). Raises InputError.
     """
     saved = read_checkpoint(path)
     try:
         if 'model_config' not in saved:
             config, weights, names = convert_yolov8(saved, path)
-            return dict(arch='hsvdet', config=config, weights=weights, names=names, imgsz=None)
+            return dict(arch='hsvdet', config=config, weights=weights, names=names, imgsz=None, best_f1=None)
         imgsz, config = saved.get('imgsz'), dict(saved['model_config'])
         config['scale'], config['num_classes'] = str(config['scale']), int(config['num_classes'])
-        return dict(arch=saved.get('arch', 'hsvdet'), config=config, names=list(saved['names']),
-                    weights=saved.get('ema') or saved['model'], imgsz=tuple(imgsz) if imgsz else None)
+        weights, names = saved.get('ema') or saved['model'], [str(name) for name in saved['names']]
+        if config['num_classes'] != len(names):
+            raise ValueError(f'{config["num_classes"]} classes, {len(names)} names')
+        for name, t in weights.items():
+            if type(t) is not torch.Tensor or t.layout != torch.strided or t.is_meta or t.is_complex():
+                raise ValueError(f'{name} is no ordinary tensor')
+        return dict(arch=saved.get('arch', 'hsvdet'), config=config, names=names, weights=weights,
+                    imgsz=tuple(imgsz) if imgsz else None,
+                    best_f1=check_best_f1(saved.get('best_f1'), path))
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
         raise InputError(f'{path} is neither a checkpoint of ours nor a YOLOv8 detector '
                          f'({type(e).__name__}: {e})') from None
 

@@ -37,12 +37,15 @@ def print_error(kind, error, trace):
               'python bench.py memory prints where memory goes', file=sys.stderr)
 
 
-def check(name, value, settings, kinds, where):
+def check(name, value, settings, kinds, where, classes=()):
     """The value as its setting wants it, or an InputError that names the place where it stands."""
     if name not in settings:
         near = difflib.get_close_matches(name, settings, 1)
-        script = os.path.basename(sys.argv[0])
-        hint = f', did you mean "{near[0]}"?' if near else f'; the settings are the names at the top of {script}'
+        fields = ', '.join(f'{cls.__module__}.{cls.__name__}' for cls in classes)
+        known = f'the names at the top of {os.path.basename(sys.argv[0])}'
+        if fields:
+            known += f' and the fields of {fields}'
+        hint = f', did you mean "{near[0]}"?' if near else f'; the settings are {known}'
         raise InputError(f'{where}: unknown setting "{name}"{hint}')
     wanted = kinds.get(name) or type(settings[name])
     wanted = getattr(wanted, '__args__', (wanted,))                  # int | tuple -> (int, tuple)
@@ -90,14 +93,18 @@ def configure(namespace, *dataclass_settings, positional='', lenient=False, argv
         else:
             raise InputError(f'{arg}: neither a config file (*.py) nor --key=value')
         for name, value in given.items():
-            settings[name] = check(name, value, settings, kinds, where)
+            settings[name] = check(name, value, settings, kinds, where, dataclass_settings)
     namespace.update(settings)
     return settings
 
 
 def build(cls, settings):
-    """An instance of the dataclass `cls` from the settings of the same names."""
-    return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls) if field.name in settings})
+    """
+    An instance of the dataclass `cls` from the settings of the same names, which may be those in somebody's checkpoint:
+    a value of another type than its field raises InputError.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    return cls(**{name: check(name, settings[name], kinds, kinds, cls.__name__) for name in kinds if name in settings})
 
 
 def parse(text, default):

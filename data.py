@@ -24,6 +24,7 @@ Papers: Mosaic is YOLOv4's (Bochkovskiy et al. 2020, 2004.10934), MixUp is Zhang
 import json
 import math
 import os
+import re
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -276,6 +277,15 @@ def quarter_turn(image, boxes, labels):
 
 # --- the dataset ----------------------------------------------------------------------------------------------------
 
+def previous_frame(file):
+    """The frame before: clip/000041.jpg -> clip/000040.jpg if that file is there, else (at the start) the same."""
+    number = re.search(r'\d+(?=\.\w+$)', file)
+    if not number or not int(number[0]):
+        return file
+    earlier = f'{file[:number.start()]}{int(number[0]) - 1:0{len(number[0])}d}{file[number.end():]}'
+    return earlier if os.path.isfile(earlier) else file
+
+
 class DetectionDataset:
     """
     A detection set on disk, as samples of one size.
@@ -287,18 +297,25 @@ class DetectionDataset:
     cache_mb  memory for decoded images, shared out among the workers of a loader; it changes no bit of any sample
     names     class names in the order wanted (a validation set takes the training set's); default: as in the file
     no_aug_epoch  from this epoch on Mosaic and MixUp rest; None: never
+    frames    earlier frames that come with each image, augmented alike: samples are clips (frames + 1, 3, H, W), oldest
+              first, of whose last frame the boxes are. Files of a clip are numbered through, as ffmpeg's %06d.jpg; not
+              all of them need labels. Where a clip starts its first frame is repeated
 
     The table of labels.Labels is here too: names, category_ids, image_ids, files, sizes (n, 2) w h, labels and boxes
     per image (xyxy in ORIGINAL pixels, crowds left out), issues {kind: [count, first example]}, coco().
     """
 
     def __init__(self, source, images='', imgsz=(640, 640), augment=None, seed=0, cache_mb=1024, names=None,
-                 no_aug_epoch=None):
+                 no_aug_epoch=None, frames=0):
         self.table = t = read_labels(source, images, names)
         self.source, self.names, self.category_ids, self.image_ids = source, t.names, t.category_ids, t.image_ids
         self.files, self.sizes, self.labels, self.boxes, self.issues = t.files, t.sizes, t.labels, t.boxes, t.issues
         self.coco = t.coco
         self.augment, self.seed, self.cache_mb, self.no_aug_epoch = augment, seed, cache_mb, no_aug_epoch
+        self.frames = frames
+        if frames and all(previous_frame(file) == file for file in self.files):
+            raise InputError(f'{source}: no image has an earlier frame beside it, {self.files[0]} for one: memory=time '
+                             'takes files that are numbered through (ffmpeg -i video.mp4 clip/%06d.jpg)')
         self.shape = (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
         if augment and augment.quarter_turns and self.shape[0] != self.shape[1]:
             raise InputError(f'--quarter_turns={augment.quarter_turns} needs a square input, imgsz is {self.shape}')
@@ -316,17 +333,30 @@ class DetectionDataset:
     def __len__(self):
         return len(self.files)
 
-    def read(self, i):
-        """Image i as (3, h, w) uint8, at 1/shrink. None if it cannot be used, which is said once."""
-        if i in self.cache:
-            self.cache.move_to_end(i)
-            return self.cache[i]
+    def clip_files(self, i):
+        """The files of image i and of the `frames` before it, oldest first."""
+        files = [self.files[i]]
+        while len(files) <= self.frames:
+            files.insert(0, previous_frame(files[0]))
+        return files
+
+    def read(self, i, back=0):
+        """
+        Image i, or the one `back` frames before it, as (3, h, w) uint8, at 1/shrink. None if it cannot be used, which
+        is said once; an earlier frame that cannot be used is one as grey as padding.
+        """
+        file = self.clip_files(i)[-1 - back]
+        if file in self.cache:
+            self.cache.move_to_end(file)
+            return self.cache[file]
         if i in self.broken:
             return None
         (w, h), shrink = self.sizes[i].tolist(), int(self.shrink[i])
         try:
-            image = to_tensor(load_image(self.files[i], (w, h), shrink))
+            image = to_tensor(load_image(file, (w, h), shrink))
         except InputError as e:
+            if back:
+                return torch.full((3, -(-h // shrink), -(-w // shrink)), PAD_VALUE, dtype=torch.uint8)
             self.broken.add(i)
             kind = 'image of another size' if 'annotations are for' in str(e) else 'image unreadable'
             self.table.record_issue(kind, str(e))
@@ -339,7 +369,7 @@ class DetectionDataset:
         worker = torch.utils.data.get_worker_info()
         budget = self.cache_mb * 2**20 // (worker.num_workers if worker else 1)
         if image.numel() <= budget:
-            self.cache[i] = image
+            self.cache[file] = image
             self.cached_bytes += image.numel()
             while self.cached_bytes > budget:                        # out goes what was unused for longest
                 self.cached_bytes -= self.cache.popitem(last=False)[1].numel()
@@ -360,41 +390,42 @@ class DetectionDataset:
         start = min(self.position[index] // block * block, len(self) - block)
         return self.sorted[start + rng.integers(block, size=count)].tolist()
 
-    def picture(self, i, image=None):
-        """Image i for `scene`: (read, (w, h), boxes, labels), in pixels as decoded."""
+    def picture(self, i, back, image=None):
+        """Image i, or `back` frames before, for `scene`: (read, (w, h), boxes, labels), in pixels as decoded."""
         (w, h), shrink = self.sizes[i].tolist(), int(self.shrink[i])
-        read = (lambda: self.read(i)) if image is None else (lambda: image)
+        read = (lambda: self.read(i, back)) if image is None else (lambda: image)
         return read, (-(-w // shrink), -(-h // shrink)), self.boxes[i] / np.float32(shrink), self.labels[i]
 
-    def letterboxed(self, i):
+    def letterboxed(self, i, back=0):
         """Image i as evaluation sees it. An unreadable one is grey and empty, for evaluation keeps count."""
         canvas = torch.full((3, *self.shape), PAD_VALUE, dtype=torch.uint8)
-        image = self.read(i)
+        image = self.read(i, back)
         if image is None:
             return canvas, np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
         _, xs, ys = letterbox_intervals(self.sizes[i].tolist(), self.shape)
         paste_resized(canvas, image, xs, ys)
         return canvas, transform_boxes(self.boxes[i], xs, ys), self.labels[i].copy()
 
-    def scene(self, epoch, index, rng, mosaic, image=None):
+    def scene(self, epoch, index, rng, mosaic, back, image=None):
         """Image `index` alone or, with probability `mosaic`, with three others, on one canvas."""
-        pictures = [self.picture(index, image)]
+        pictures = [self.picture(index, back, image)]
         if rng.random() < mosaic:
-            pictures += [self.picture(i) for i in self.mosaic_indices(epoch, index, 3, rng)]
+            pictures += [self.picture(i, back) for i in self.mosaic_indices(epoch, index, 3, rng)]
             pictures = [pictures[i] for i in rng.permutation(4)]
         return compose_mosaic(pictures, rng, self.shape, self.augment.scale_aug, self.augment.translate)
 
-    def augmented(self, epoch, index, rng):
-        """The whole recipe, in its order."""
+    def augmented(self, epoch, index, back=0):
+        """The whole recipe, in its order. It draws the same numbers for every frame of a clip."""
+        rng = np.random.default_rng((self.seed, epoch, index))
         a = self.augment
         late = self.no_aug_epoch is not None and epoch >= self.no_aug_epoch
         mosaic, mixed = (0.0, 0.0) if late else (a.mosaic, a.mixup)
         while (image := self.read(index)) is None:                   # the next readable image stands in
             index = (index + 1) % len(self)
-        sample = self.scene(epoch, index, rng, mosaic, image)
+        sample = self.scene(epoch, index, rng, mosaic, back, self.read(index, back) if back else image)
         if rng.random() < mixed:
             other = self.mosaic_indices(epoch, index, 1, rng)[0]
-            sample = mixup(sample, self.scene(epoch, other, rng, mosaic), rng)
+            sample = mixup(sample, self.scene(epoch, other, rng, mosaic, back), rng)
         sample = color_jitter(*sample, rng, (a.hsv_h, a.hsv_s, a.hsv_v))
         if rng.random() < a.flip:
             sample = hflip(*sample)
@@ -409,15 +440,20 @@ class DetectionDataset:
         """key: (epoch, index), or an index, which is of epoch 0."""
         epoch, index = map(int, key if isinstance(key, tuple) else (0, key))
         if self.augment is None:
-            image, boxes, labels = self.letterboxed(index)
+            views = [(index, *self.letterboxed(index, back)) for back in range(self.frames, -1, -1)]
         else:
-            rng = np.random.default_rng((self.seed, epoch, index))
-            index, image, boxes, labels = self.augmented(epoch, index, rng)
+            views = [self.augmented(epoch, index, back) for back in range(self.frames, -1, -1)]
+        index, image, boxes, labels = views[-1]
+        if self.frames:
+            image = torch.stack([view[1] for view in views])                          # (frames + 1, 3, H, W)
         return dict(image=image, labels=torch.from_numpy(labels), boxes=torch.from_numpy(boxes), index=index)
 
 
 def collate(samples):
-    """Samples -> images (B, 3, H, W) uint8, labels (B, M) padded with -1, boxes (B, M, 4), index (B,); M >= 1."""
+    """
+    Samples -> images (B, 3, H, W) uint8, of clips (B, frames + 1, 3, H, W), labels (B, M) padded with -1, boxes
+    (B, M, 4), index (B,); M >= 1.
+    """
     B, M = len(samples), max(1, *(len(s['labels']) for s in samples))
     labels, boxes = torch.full((B, M), -1), torch.zeros(B, M, 4)
     for b, s in enumerate(samples):
@@ -439,7 +475,7 @@ def max_pairwise_iou(boxes):
 
 
 def describe(data, imgsz):
-    """The lines that `check` prints of a DetectionDataset, without its issues."""
+    """The lines that `check` prints of a DetectionDataset, without its issues; imgsz: int, or a tuple of several."""
     boxes, labels = np.concatenate(data.boxes), np.concatenate(data.labels)
     counts = np.array([len(b) for b in data.boxes])
     sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))           # (N,) as COCO counts sizes: the root of the area
@@ -459,11 +495,11 @@ def describe(data, imgsz):
     yield 'side       ' + ', '.join(octaves).replace('-inf', '+')
     small, large = (sides < 32).mean(), (sides >= 96).mean()
     yield f'COCO size  small (below 32 px) {small:.1%}, medium {1 - small - large:.1%}, large (from 96 px) {large:.1%}'
-    scale = np.minimum(imgsz / data.sizes.max(1), 1e9)               # (n,) original to input pixels
-    median = np.median(sides * np.repeat(scale, counts))
-    advice = 'fine' if median >= 16 else 'small: a larger imgsz will help' if median >= 8 else \
-        'below what the stride of 8 px can tell apart: use a larger imgsz, or cut the images into tiles'
-    yield f'at {imgsz} px  the median object is {median:.0f} px wide, {advice}'
+    for side in imgsz if isinstance(imgsz, tuple) else (imgsz,):
+        median = np.median(sides * np.repeat(side / data.sizes.max(1), counts))       # in pixels of the network's input
+        advice = 'fine' if median >= 16 else 'small: a larger imgsz will help' if median >= 8 else \
+            'below what the stride of 8 px can tell apart: use a larger imgsz, or cut the images into tiles'
+        yield f'{f"at {side} px":<10} the median object is {median:.0f} px wide, {advice} (train.py --imgsz={side})'
     yield 'crowding   ' + ', '.join(f'{(overlap > t).mean():.1%} overlap another by IoU > {t}' for t in (0.1, 0.3, 0.5))
 
 
@@ -499,7 +535,8 @@ def split_command(source, share, group, seed):
 if __name__ == '__main__':
     what, source = '', ''                                            # python data.py check PATH | split PATH
     images = ''                                                # check: folder of the images, '' looks beside the json
-    imgsz = 640                                             # check: pixels, the input at which object sizes are given
+    imgsz: int | tuple = (320, 640)               # check: pixels, the inputs at which object sizes are judged; 320 is
+    #                                                  config/finetune_own.py's
     out = 'out/check.png'                                            # check: the picture
     val = 0.2                                                       # split: share of the images that go to validation
     group = ''               # split: a regular expression; file names that agree in it (in its group 1) stay together

@@ -1,14 +1,17 @@
 """
-Detect objects in images: pictures with boxes; json and YOLO text on request.
+Detect objects in images and videos: pictures and mp4s with boxes; json and YOLO text on request.
 
     python detect.py photo.jpg --weights=out/best.pt
     python detect.py 'frames/*.png' --weights=yolov8n.pt --conf=0.4 --save_json=True --save_txt=True
     python detect.py folder --weights=best.onnx --batch_size=16
     python detect.py photo.jpg --weights=out/best.pt --tokens=True       the cells the blocks attend to
+    python detect.py photo.jpg --weights=out/best.pt --conf=0            above the score of best F1, found in training
+    python detect.py clip.mp4 --weights=out/best.pt --save_json=True     frame by frame; pip install "av>=17"
 
-The source is an image, a folder (not those within it), a glob in quotes, or a .txt with one path a line. A file that
-cannot be read is named and skipped, and the exit status is then 1. An image gets the smallest input shape that holds
-it, whatever else is in the batch, so that its boxes do not depend on the other images.
+The source is an image or a video, a folder (its images), a glob in quotes, or a .txt with one path a line. A file that
+cannot be read, or not to its end, is named, and the exit status is then 1. An image gets the smallest input shape that
+holds it, whatever else is in the batch, so that its boxes do not depend on the other images. A video is never in memory
+as a whole, and after Ctrl-C what was done of it can be played.
 
 From Python, on PIL images or (h, w, 3) uint8 RGB arrays, boxes in their own pixels:
 
@@ -17,34 +20,40 @@ From Python, on PIL images or (h, w, 3) uint8 RGB arrays, boxes in their own pix
 
 detections.json is in COCO's results format. A checkpoint knows class names and no ids, so that category_id is label + 1
 and image_id counts from 1 (or is the file's name, if all names are numbers, as COCO's are); the names stand beside
-them. labels/NAME.txt has lines of class, centre x, y, width, height as shares of the image, and the score.
+them. In a video image_id is the frame, from 0, and `frame` and `seconds` stand beside it. labels/NAME.txt has lines of
+class, centre x, y, width, height as shares of the image, and the score.
 
-What it does not do: videos (ffmpeg makes frames of them), windows on a screen, tiling of huge images.
+What it does not do: webcams and streams, windows on a screen. Tracking and tiling of huge images: docs/recipes.md.
 """
 import collections
 import concurrent.futures
+import contextlib
 import glob
+import itertools
 import json
 import os
+import shlex
 import sys
 import time
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from attention import Gated
+import video
+from attention import selecting
+from checkpoint import check_best_f1
 from configurator import InputError, configure
 from data import letterbox, load_image, rect_shape
 from eval import cpu_count, input_shape, load_model, predict, undo_letterbox
-from labels import SUFFIXES
+from labels import SUFFIXES, read_list
 from plots import draw_boxes, draw_tokens
-from sparse_attention import SparseGlobalBlock
 
-source = ''                         # image, folder, 'glob*', or list.txt
+source = ''                         # image, video, folder, 'glob*', or list.txt
 weights = 'out/best.pt'             # a checkpoint of train.py, a YOLOv8 .pt, or an .onnx of export.py
 imgsz: int | tuple = 0              # pixels of the longer side, or (H, W); 0: as the weights were trained, else 640
-conf = 0.25                         # the lowest score worth drawing
+conf = 0.25                         # the lowest score worth drawing; 0: that of best F1 on training's validation set
 nms_iou = 0.7                       # a box goes when a better one of its class overlaps it by more
 max_det = 300
 nms = True                          # False: the one-to-one head's answers as they are
@@ -52,17 +61,18 @@ batch_size = 8
 dtype = 'float32'                   # float32, bfloat16, float16: of the network; its attention stays float32
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 out_dir = 'out/detect'
-save_images = True
+save_images = True                  # out_dir/NAME.jpg, of a video NAME.mp4
 save_json = False                   # out_dir/detections.json
-save_txt = False                    # out_dir/labels/NAME.txt
-tokens = False                      # out_dir/NAME_p5.jpg, NAME_p4.jpg: the cells a block selected and attended to
+save_txt = False                    # out_dir/labels/NAME.txt, of a video NAME_000000.txt for each frame
+tokens = False                      # out_dir/NAME_p5.jpg, NAME_p4.jpg: the cells a block selected and attended to; of a
+#                                     video NAME_p5.mp4, NAME_p4.mp4: the cells it selected
 
 
 def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, max_det=300, dtype='float32',
-                  device=None):
+                  device=None, state=None):
     """
     images: PIL or (h, w, 3) uint8 RGB -> for each an array (n, 6): x1, y1, x2, y2 in its own pixels, score, class.
-    device: where the model is, which is the default.
+    device: where the model is, which is the default. state: see eval.predict; then the images are frames of one size.
     """
     if device is None:
         device = next((str(p.device) for p in model.parameters()), 'cpu')             # an ONNX model has no parameters
@@ -77,7 +87,7 @@ def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, 
         for first in range(0, len(group), batch_size):
             batch = group[first:first + batch_size]
             (rows,), _, _ = predict(model, [item[2] for item in batch], (nms_iou,), conf, max_det, dtype=dtype,
-                                    device=device)
+                                    device=device, state=state)
             for (i, size, _, scale, corner), d in zip(batch, rows, strict=True):
                 results[i] = undo_letterbox(d, scale, corner, size)
     return results
@@ -86,14 +96,13 @@ def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, 
 def list_images(source):
     """The files that the source names, in order."""
     if not source:
-        raise InputError("no source: python detect.py SOURCE, where SOURCE is an image, a folder, a 'glob*' or "
-                         'a list.txt')
+        raise InputError("no source: python detect.py SOURCE, where SOURCE is an image, a video, a folder, a 'glob*' "
+                         'or a list.txt')
     if os.path.isdir(source):
         names = [name for name in sorted(os.listdir(source)) if name.lower().endswith(SUFFIXES)]
         files = [os.path.join(source, name) for name in names]
     elif source.endswith('.txt') and os.path.isfile(source):
-        with open(source, encoding='utf-8') as f:
-            lines = [line.strip() for line in f if line.strip()]
+        lines = read_list(source)
         folder = os.path.dirname(source)
         files = [line if os.path.exists(line) else os.path.join(folder, line) for line in lines]
     elif os.path.isfile(source):
@@ -101,7 +110,8 @@ def list_images(source):
     else:
         files = sorted(file for file in glob.glob(source, recursive=True) if os.path.isfile(file))
     if not files:
-        raise InputError(f"{source}: no image there, give an image, a folder, a 'glob*' in quotes or a list.txt")
+        raise InputError(f"{source}: no image there, give an image, a video, a folder, a 'glob*' in quotes or a "
+                         'list.txt')
     return files
 
 
@@ -120,30 +130,42 @@ def output_names(files):
 
 def selecting_blocks(model):
     """Level -> the module that selects tokens and has attention(x), of those attention blocks that do."""
-    mixers = {level: block.mixer if isinstance(block, Gated) else block for level, block in model.blocks().items()}
-    return {level: mixer for level, mixer in mixers.items()
-            if isinstance(mixer, SparseGlobalBlock) and mixer.select != 'none'}    # none: nobody attends, the control
+    return {level: selecting(block) for level, block in model.blocks().items() if selecting(block)}
 
 
 @torch.no_grad()
-def show_tokens(model, image, path, **settings):
+def selected_tokens(model, image, **settings):
     """
-    For each block that selects tokens a picture path_p5.jpg (plots.draw_tokens), and a printed line: which cells of the
-    padded network input were selected, and the attention weights, averaged over heads, of the selected cell nearest to
-    the centre of the best object. settings: detect_images's.
+    Detections (n, 6) in the image, and for each level with a block that selects tokens: its map's (h, w) and stride;
+    the scale and corner that letterboxed the image onto it; (k,) selected cells, row by row; (k, k) their attention
+    weights, averaged over heads. settings: detect_images's.
     """
-    seen, blocks = {}, selecting_blocks(model)
-    hooks = [block.register_forward_pre_hook(lambda _, x, level=level: seen.update({level: x[0]}))
+    seen, blocks, levels = {}, selecting_blocks(model), {}
+    hooks = [block.register_forward_pre_hook(lambda _, inputs, level=level: seen.update({level: inputs}))
              for level, block in blocks.items()]
     (rows,) = detect_images(model, [image], **settings)
     for hook in hooks:
         hook.remove()
-    for level, x in seen.items():
-        _, _, h, w = x.shape
+    for level, inputs in seen.items():
+        _, _, h, w = inputs[0].shape
         stride = 2 ** int(level[1])
-        selected, weights = blocks[level].attention(x.float())                        # (1, k), (1, heads, k, k)
-        selected, weights = selected[0].cpu().numpy(), weights[0].mean(0).cpu().numpy()               # (k,), (k, k)
+        selected, weights = blocks[level].attention(*inputs)                          # (1, k), (1, heads, k, k)
+        selected, weights = selected[0], weights[0].mean(0)
+        kept = weights.sum(1) > 0                                                     # fewer than k under `keep`
+        selected, weights = selected[kept], weights[kept][:, kept]
         _, scale, corner = letterbox(image, (h * stride, w * stride))
+        levels[level] = (h, w), stride, scale, corner, selected.cpu().numpy(), weights.cpu().numpy()
+    return rows, levels
+
+
+def show_tokens(model, image, path, **settings):
+    """
+    For each block that selects tokens a picture path_p5.jpg (plots.draw_tokens), and a printed line: which cells of the
+    padded network input were selected, and how much the selected cell nearest to the centre of the best object attends
+    to the others. settings: detect_images's.
+    """
+    rows, levels = selected_tokens(model, image, **settings)
+    for level, ((h, w), stride, scale, corner, selected, weights) in levels.items():
         y, x = np.divmod(np.arange(h * w), w)
         centres = (np.stack((x, y), 1) + 0.5) * stride                                # (N, 2) in input pixels
         padding = ((centres < corner) | (centres > corner + np.array(image.size) * scale)).any(1)     # (N,)
@@ -158,6 +180,17 @@ def show_tokens(model, image, path, **settings):
                     f'{path}_{level}.jpg')
         print(f'\n{path}_{level}.jpg: {len(selected)} of {h * w} cells selected, {padding[selected].sum()} of '
               f'{padding.sum()} in the padding{note}')
+
+
+def shade_unselected(image, shape, stride, scale, corner, selected, weights):
+    """The image with all cells but the selected ones darkened; the rest is what selected_tokens says of a level."""
+    dark = np.full(shape[0] * shape[1], 180, np.uint8)                                # (N,) of 255
+    dark[selected] = 0
+    left, top = np.array(corner) / scale
+    h, w = np.array(shape) * stride / scale                                           # in image pixels
+    mask = Image.fromarray(dark.reshape(shape)).resize((round(w), round(h)), Image.NEAREST)
+    mask = mask.crop((round(left), round(top), round(left) + image.width, round(top) + image.height))
+    return Image.composite(Image.new('RGB', image.size), image, mask)
 
 
 def read_batches(files):
@@ -193,23 +226,32 @@ def save_yolo(rows, size, path):
             f.write(f'{int(label)} {" ".join(f"{v:.6f}" for v in shares)} {score:.5f}\n')
 
 
-def main():
-    files = list_images(source)
-    model = load_model(weights, device, nms=nms)
-    if tokens and not selecting_blocks(model):
-        raise InputError(f'--tokens=True: {weights} has no blocks that select tokens, give a .pt trained with attn '
-                         'such as -SS')
-    input_shape(model, imgsz)
-    if save_images and any(os.path.abspath(os.path.dirname(file)) == os.path.abspath(out_dir) for file in files):
-        raise InputError(f'--out_dir={out_dir} is the folder of the images, which would be overwritten: name another')
-    try:
-        os.makedirs(os.path.join(out_dir, 'labels') if save_txt else out_dir, exist_ok=True)
-    except OSError as e:
-        raise InputError(f'--out_dir={out_dir} cannot be written ({e.strerror}): name another') from None
-    settings = dict(imgsz=imgsz, batch_size=batch_size, conf=conf, nms_iou=nms_iou, max_det=max_det, dtype=dtype)
-    names = output_names(files)
+@contextlib.contextmanager
+def json_list(path):
+    """A json file that holds a list of any length: yields a function that adds items. Complete whatever happens."""
+    with open(path, 'w', encoding='utf-8') as f:
+        separator = '[\n'
+
+        def add(items):
+            nonlocal separator
+            for item in items:
+                f.write(separator + json.dumps(item))
+                separator = ',\n'
+
+        try:
+            yield add
+        finally:
+            f.write(']\n' if separator == ',\n' else '[]\n')
+
+
+def draw_detections(image, rows, names):
+    return draw_boxes(image, rows[:, :4], rows[:, 5], names, rows[:, 4])
+
+
+def detect_files(model, files, names, add, **settings):
+    """Images, saved as out_dir/names[i] as the settings say; add: json_list's -> number of objects, and of failures."""
     ids = [int(name) for name in names] if all(name.isdecimal() for name in names) else range(1, len(files) + 1)
-    found, unreadable, done, start = [], 0, 0, time.perf_counter()
+    objects, unreadable, done, start = 0, 0, 0, time.perf_counter()
     for batch in read_batches(files):
         for _, error in batch:
             if isinstance(error, InputError):
@@ -220,24 +262,114 @@ def main():
         for (i, image), rows in zip(loaded, results, strict=True):
             path = os.path.join(out_dir, names[i])
             if save_images:
-                page = draw_boxes(image, rows[:, :4], rows[:, 5], model.names, rows[:, 4])
-                page.save(f'{path}.jpg', quality=92)
+                draw_detections(image, rows, model.names).save(f'{path}.jpg', quality=92)
             if tokens:
                 show_tokens(model, image, path, **settings)
-            found += coco_results(rows, ids[i], files[i], model.names)
+            add(coco_results(rows, ids[i], files[i], model.names))
             if save_txt:
                 save_yolo(rows, image.size, os.path.join(out_dir, 'labels', f'{names[i]}.txt'))
+            objects += len(rows)
         done, spent = done + len(batch), time.perf_counter() - start
         left = spent / done * (len(files) - done)
-        print(f'\r{done}/{len(files)} images, {len(found)} objects, {done / spent:.1f} images/s, {left:.0f} s left  ',
-              end='', flush=True)
-    if save_json:
-        with open(os.path.join(out_dir, 'detections.json'), 'w', encoding='utf-8') as f:
-            json.dump(found, f)
-    print(f'\n{out_dir}: {len(files) - unreadable} images, {len(found)} objects of score {conf} and up')
-    if unreadable:
-        print(f'{unreadable} of {len(files)} files could not be read (named above): exit status 1', file=sys.stderr)
-    return 1 if unreadable else 0
+        print(f'\r{done}/{len(files)} images, {objects} objects, {done / spent:.1f} images/s, {left:.0f} s left  ',
+              end='' if done < len(files) else '\n', flush=True)
+    return objects, unreadable
+
+
+def detect_video(model, file, name, add, **settings):
+    """One video, saved under out_dir/name; add: json_list's -> numbers of frames and objects, a warning or ''."""
+    path, objects = os.path.join(out_dir, name), 0
+    state = [None] if model.frames else None                         # what a network with memory=time saw before
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(video.VideoReader(file))
+        views = [f'_{level}' for level in selecting_blocks(model)] if tokens else []
+        if save_images:
+            views.append('')
+        writers = {view: stack.enter_context(video.VideoWriter(f'{path}{view}.mp4', reader.rate)) for view in views}
+        bar = stack.enter_context(tqdm(total=reader.count, desc=name, unit=' frames', disable=None))
+        frames = iter(reader)
+        while batch := list(itertools.islice(frames, batch_size)):
+            results = detect_images(model, [image for _, _, image in batch], state=state, **settings)
+            for (number, seconds, image), rows in zip(batch, results, strict=True):
+                if save_images:
+                    writers[''].write(draw_detections(image, rows, model.names), seconds)
+                if tokens:
+                    for level, view in selected_tokens(model, image, **settings)[1].items():
+                        shaded = shade_unselected(image, *view)
+                        writers[f'_{level}'].write(draw_detections(shaded, rows, model.names), seconds)
+                add(found | dict(frame=number, seconds=round(seconds, 6))
+                    for found in coco_results(rows, number, file, model.names))
+                if save_txt:
+                    save_yolo(rows, image.size, os.path.join(out_dir, 'labels', f'{name}_{number:06}.txt'))
+                objects += len(rows)
+            bar.update(len(batch))
+    if reader.has_sound and save_images:
+        command = ['ffmpeg', '-i', f'{path}.mp4', '-i', file, *'-map 0:v -map 1:a -c copy'.split(), f'{path}_sound.mp4']
+        print(f'{path}.mp4 is without sound, which is not copied; to add it: {shlex.join(command)}')
+    return reader.decoded, objects, reader.warning
+
+
+def check_settings(model, files):
+    """Settings that cannot be meant raise InputError; -> the score threshold."""
+    for wrong, sentence in (
+            (not 0 <= conf <= 1, f'--conf={conf}: a score lies in 0..1'),
+            (not 0 <= nms_iou <= 1, f'--nms_iou={nms_iou}: an overlap lies in 0..1'),
+            (batch_size < 1 or max_det < 1, f'--batch_size={batch_size} --max_det={max_det}: both must be 1 or more'),
+            (tokens and not selecting_blocks(model),
+             f'--tokens=True: {weights} has no blocks that select tokens, give a .pt trained with attn such as -SS'),
+            ((save_images or tokens) and any(os.path.abspath(os.path.dirname(file)) == os.path.abspath(out_dir)
+                                             for file in files),
+             f'--out_dir={out_dir} is the folder of the images, which would be overwritten: name another')):
+        if wrong:
+            raise InputError(sentence)
+    input_shape(model, imgsz)
+    if conf:
+        return conf
+    best = check_best_f1(model.best_f1, weights)
+    if best is None or best['score'] is None:
+        raise InputError(f'--conf=0: {weights} does not say at which score F1 was best; python eval.py '
+                         f'--weights={weights} --data=val.json prints that score, give it as --conf=')
+    print(f'score threshold {best["score"]:.3f}, where F1 on the validation set was best: precision {best["P"]:.3f}, '
+          f'recall {best["R"]:.3f}, F1 {best["F1"]:.3f}')
+    return best['score']
+
+
+def main():
+    files = list_images(source)
+    model = load_model(weights, device, nms=nms)
+    threshold = check_settings(model, files)
+    try:
+        os.makedirs(os.path.join(out_dir, 'labels') if save_txt else out_dir, exist_ok=True)
+    except OSError as e:
+        raise InputError(f'--out_dir={out_dir} cannot be written ({e.strerror}): name another') from None
+    settings = dict(imgsz=imgsz, batch_size=batch_size, conf=threshold, nms_iou=nms_iou, max_det=max_det, dtype=dtype)
+    named = list(zip(files, output_names(files), strict=True))
+    videos = [(file, name) for file, name in named if file.lower().endswith(video.SUFFIXES)]
+    pictures = [pair for pair in named if pair not in videos]
+    if videos:
+        video.import_av()                                            # if it is missing, say so before any work is done
+    failures, above = 0, f'objects of score {threshold:.3g} and up'
+    with json_list(os.path.join(out_dir, 'detections.json') if save_json else os.devnull) as add:
+        try:
+            if pictures:
+                objects, failures = detect_files(model, *zip(*pictures, strict=True), add, **settings)
+                print(f'{out_dir}: {len(pictures) - failures} images, {objects} {above}')
+            for file, name in videos:
+                try:
+                    frames, objects, warning = detect_video(model, file, name, add, **settings)
+                    print(f'{out_dir}: {name}, {frames} frames, {objects} {above}')
+                except InputError as e:
+                    warning = f'skipped: {e}'
+                if warning:
+                    failures += 1
+                    print(warning, file=sys.stderr)
+        except KeyboardInterrupt:
+            print(f'\nstopped: what was done until now is in {out_dir}', file=sys.stderr)
+            return 130
+    if failures:
+        print(f'{failures} of {len(files)} files could not be read, or not to the end (named above): exit status 1',
+              file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == '__main__':

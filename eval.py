@@ -6,6 +6,7 @@ COCO evaluation of a detector: this file produces the boxes, pycocotools matches
     python eval.py --weights=best.onnx --data=val.json --by_class=True --plots=True
     python eval.py --weights=out/best.pt --data=val.json --nms_iou=0.5,0.6,0.7     the NMS threshold with the best AP
     python eval.py --weights=out/best.pt --data=val.json --without=block4,block5   what do the attention blocks add?
+    python eval.py --weights=out/best.pt --data=val.json --report=True             out/report.html: all of it, a page
     python eval.py --from_json=detections.json --data=val.json                     another program's, in COCO's format
 
 The last line is json: the twelve COCO numbers, null where there are no objects, and whatever else was computed.
@@ -43,12 +44,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from checkpoint import read_weights
+from checkpoint import check_best_f1, read_weights
 from configurator import InputError, configure
 from data import PAD_VALUE, DetectionDataset, letterbox, load_image, rect_shape, resize, to_tensor
 from labels import ground_truth, read_coco, read_labels
 from model import HSVDET, select_detections
-from plots import draw_confusion, draw_precision_recall
 
 weights = ''                        # out/best.pt, a YOLOv8 .pt, or an .onnx of export.py
 data = ''                           # the ground truth: what labels.read_labels takes, COCO json, YOLO, VOC
@@ -70,7 +70,9 @@ device = 'cuda' if torch.cuda.is_available() else 'cpu'
 by_class = False                    # AP and best F1 of each class
 occlusion = True                    # AP and recall by overlap
 plots = False                       # precision-recall curves and confusion matrix as png
-out_dir = ''                        # folder for detections.json and png; '': none, or out/eval with plots
+report = False                      # report.html, a page with every figure and pictures of the mistakes: report.py
+out_dir = ''                        # for detections.json, png, report.html; '': none, out/eval with plots, and the
+                                    # report beside the weights or from_json
 
 # lists, because configure() takes tuples for settings
 KEYS = ['AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
@@ -114,17 +116,27 @@ class OnnxModel(torch.nn.Module):
         metadata = self.session.get_modelmeta().custom_metadata_map
         if 'names' not in metadata:
             raise InputError(f'{path} has no class names in its metadata: make it with python export.py --weights=...')
-        self.names = json.loads(metadata['names'])
         # an RT-DETR and a one-to-one head need no NMS; files from before `nms` was written have `one2one`
         self.nms = metadata.get('nms') != 'False' and metadata.get('one2one') != 'True'
         self.conf = metadata.get('conf')                             # of the NMS inside the file, if it has one
         self.has_detections = 'detections' in [output.name for output in self.session.get_outputs()]
         entry = self.session.get_inputs()[0]
         self.input_name, self.input_type = entry.name, np.float16 if entry.type == 'tensor(float16)' else np.float32
-        B, _, H, W = entry.shape                                     # a name instead of a number: any
-        self.batch = B if isinstance(B, int) else 0
+        try:
+            self.names, imgsz, best_f1 = (json.loads(metadata.get(k, 'null')) for k in ('names', 'imgsz', 'best_f1'))
+            B, _, H, W = entry.shape                                 # a name instead of a number: any
+            if not (isinstance(self.names, list) and self.names and all(isinstance(n, str) for n in self.names)):
+                raise ValueError('its names are no list of words')
+            if imgsz is not None and not (isinstance(imgsz, list) and all(type(n) is int for n in imgsz)):
+                raise ValueError('its imgsz is not two numbers')
+            if isinstance(B, int) and not 0 < B <= 4096:
+                raise ValueError(f'it wants {B} images at once')
+        except (ValueError, RecursionError) as e:                    # of json too
+            raise InputError(f'{path} is not as export.py writes it ({e}): export it again') from None
+        self.path, self.batch, self.frames = path, B if isinstance(B, int) else 0, 0
         self.fixed_imgsz = (H, W) if isinstance(H, int) else None
-        self.imgsz = self.fixed_imgsz or json.loads(metadata.get('imgsz', 'null'))
+        self.imgsz = self.fixed_imgsz or imgsz
+        self.best_f1 = check_best_f1(best_f1, path)
 
     def blocks(self):
         return {}
@@ -133,8 +145,17 @@ class OnnxModel(torch.nn.Module):
         """images (B, 3, H, W) -> [boxes (B, A, 4), scores (B, A, K)] or [detections (B, max_det, 6)]; no losses."""
         B, n = len(images), self.batch or len(images)
         x = np.pad(images.cpu().numpy().astype(self.input_type), ((0, -B % n), (0, 0), (0, 0), (0, 0)))
-        parts = [self.session.run(None, {self.input_name: x[i:i + n]}) for i in range(0, B, n)]
-        return [torch.from_numpy(np.concatenate(p)[:B]).float() for p in zip(*parts, strict=True)], {}
+        try:
+            parts = [self.session.run(None, {self.input_name: x[i:i + n]}) for i in range(0, B, n)]
+            raw = [torch.from_numpy(np.concatenate(p)[:B]).float() for p in zip(*parts, strict=True)]
+        except Exception as e:                                       # as above
+            raise InputError(f'{self.path} fails on images {tuple(x[:n].shape)} ({" ".join(str(e).split())[:200]}): '
+                             'export it again') from None
+        shapes, ends = [tuple(r.shape) for r in raw], [6] if self.has_detections else [4, len(self.names)]
+        if shapes != [(B, shapes[0][1:2] and shapes[0][1], end) for end in ends]:
+            raise InputError(f'{self.path} gives {shapes}, not what export.py writes for {len(self.names)} classes: '
+                             'export it again')
+        return raw, {}
 
     def postprocess(self, raw, conf=0.25, iou=0.7, max_det=300, multi_label=False):
         """As HSVDET's; where NMS is inside the file, iou and multi_label are the file's own."""
@@ -147,6 +168,7 @@ def load_model(path, device='cpu', fuse=True, nms=True, **overrides):
     """
     A checkpoint of ours (HSVDET or RT-DETR), a YOLOv8 .pt, or an .onnx, in evaluation mode on `device`. nms=False: the
     one-to-one head's detections, or those of the only head, without suppression. overrides: fields of HSVDETConfig.
+    The model's attribute best_f1 is what `evaluate` found for these weights in training, or None.
     """
     if not os.path.exists(path):
         raise InputError(f'weights "{path}" not found: give --weights=, or train with python train.py config/shapes.py')
@@ -154,11 +176,11 @@ def load_model(path, device='cpu', fuse=True, nms=True, **overrides):
         raise InputError(f'--device={device}: this machine has no such device, use --device=cpu')
     if path.endswith('.onnx'):
         model = OnnxModel(path, device)
-    elif read_weights(path)['arch'] == 'rtdetr':
-        from baselines.detr import DETR
-        model = DETR.from_pretrained(path, **overrides)
     else:
-        model = HSVDET.from_pretrained(path, **overrides)
+        from baselines.detr import DETR
+        saved = read_weights(path)
+        model = (DETR if saved['arch'] == 'rtdetr' else HSVDET).from_pretrained(path, **overrides)
+        model.best_f1 = saved['best_f1']
     if overrides.get('attn') and not isinstance(model, HSVDET):
         raise InputError(f'--attn={overrides["attn"]}: {path} has no such blocks to choose, leave the setting out')
     model.nms = model.nms and nms                                    # a detector that never needs NMS stays without
@@ -171,13 +193,13 @@ def load_model(path, device='cpu', fuse=True, nms=True, **overrides):
 
 def remove_blocks(model, names):
     """Replace attention blocks, named block4 or p4, by the identity, which is what their residual connection leaves."""
-    blocks = model.blocks()
+    blocks = {level.replace('p', 'block'): block for level, block in model.blocks().items()}
     for name in names:
-        level = name.replace('block', 'p')
-        if level not in blocks:
+        block = name.replace('p', 'block')
+        if block not in blocks:
             there = ', '.join(blocks) or 'none at all'
             raise InputError(f'--without={name}: the model has no such attention block, it has {there}')
-        path = next(path for path, module in model.named_modules() if module is blocks[level])
+        path = next(path for path, module in model.named_modules() if module is blocks[block])
         model.set_submodule(path, torch.nn.Identity())
         print(f'attention block {path} taken out')
 
@@ -202,10 +224,11 @@ def input_shape(model, imgsz):
     return shape
 
 
-def predict(model, batch, ious, conf, max_det=300, multi_label=False, dtype='float32', device='cpu'):
+def predict(model, batch, ious, conf, max_det=300, multi_label=False, dtype='float32', device='cpu', state=None):
     """
-    batch, a list of (H, W, 3) uint8 -> for each NMS threshold of `ious` a list of (n, 6) float64 arrays, boxes in input
-    pixels; seconds in the network; seconds after it.
+    batch, a list of (H, W, 3) uint8, or of clips (F, H, W, 3); or, with state, of the next frames of one video, for
+    which the list `state` holds what HSVDET.forward_frame returned, [None] at its start -> for each NMS threshold of
+    `ious` a list of (n, 6) float64 arrays, boxes in input pixels; seconds in the network; seconds after it.
     """
     if dtype not in ('float32', 'bfloat16', 'float16'):
         raise InputError(f'--dtype={dtype}: must be float32, bfloat16 or float16')
@@ -216,9 +239,16 @@ def predict(model, batch, ious, conf, max_det=300, multi_label=False, dtype='flo
         return time.perf_counter()
 
     start = now()
-    x = torch.from_numpy(np.stack(batch)).to(device).permute(0, 3, 1, 2).float() / 255        # (B, 3, H, W)
+    x = torch.from_numpy(np.stack(batch)).to(device).movedim(-1, -3).float() / 255            # (B, 3, H, W)
     with torch.no_grad(), torch.autocast(device.split(':')[0], getattr(torch, dtype), enabled=dtype != 'float32'):
-        raw, _ = model(x)
+        if state is None:
+            raw, _ = model(x)
+        else:
+            maps = []
+            for frame in x.split(1):
+                one, state[0] = model.forward_frame(frame, state[0])
+                maps.append(one)
+            raw = [torch.cat(level) for level in zip(*maps, strict=True)]
     middle = now()
     with torch.no_grad():
         rows = [model.postprocess(raw, conf, iou, max_det, multi_label) for iou in ious]
@@ -259,13 +289,19 @@ def undo_letterbox(rows, scale, corner, size):
 
 
 def load(dataset, row, shape, longest, antialias):
-    """-> row, canvas (H, W, 3), scale, corner, seconds, error: None, or why the image cannot be used (all is grey)."""
+    """
+    -> row, canvas (H, W, 3) or of a clip (F, H, W, 3), scale, corner, seconds, error: None, or why the image cannot be
+    used (all is grey).
+    """
     start = time.perf_counter()
+    files, size = dataset.clip_files(row), tuple(dataset.sizes[row])
+    clip = (len(files),) if dataset.frames else ()
     try:
-        image = load_image(dataset.files[row], tuple(dataset.sizes[row]))
-        return row, *prepare(image, shape, longest, antialias), time.perf_counter() - start, None
+        frames = [prepare(load_image(file, size), shape, longest, antialias) for file in files]
+        canvas = np.stack([frame for frame, _, _ in frames])                          # (F, H, W, 3)
+        return row, canvas.reshape(*clip, *canvas.shape[1:]), *frames[-1][1:], time.perf_counter() - start, None
     except InputError as e:
-        return row, np.full((*shape, 3), PAD_VALUE, np.uint8), 1.0, (0, 0), 0.0, e
+        return row, np.full((*clip, *shape, 3), PAD_VALUE, np.uint8), 1.0, (0, 0), 0.0, e
 
 
 def load_batches(dataset, batches, shape, rect, antialias):
@@ -284,6 +320,12 @@ def load_batches(dataset, batches, shape, rect, antialias):
             yield loaded
 
 
+def image_batches(sizes, batch_size, rect=False, rank=0, world_size=1):
+    """This rank's batches, arrays of rows of `sizes` (n, 2) w h; under rect those of like aspect ratio together."""
+    order = np.argsort(sizes[:, 1] / sizes[:, 0], kind='stable') if rect else np.arange(len(sizes))
+    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)][rank::world_size]
+
+
 def predict_dataset(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001, ious=(0.7,), max_det=300,
                     dtype='float32', device='cpu', rank=0, world_size=1, antialias=True, verbose=True):
     """
@@ -295,8 +337,7 @@ def predict_dataset(model, dataset, imgsz, batch_size=16, rect=False, conf=0.001
                          'the classes of the model')
     shape, category_ids, sizes = input_shape(model, imgsz), np.asarray(dataset.category_ids), dataset.sizes
     rect = rect and not model.fixed_imgsz
-    order = np.argsort(sizes[:, 1] / sizes[:, 0], kind='stable') if rect else np.arange(len(sizes))
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)][rank::world_size]
+    batches = image_batches(sizes, batch_size, rect, rank, world_size)
     clock = collections.Counter(images=sum(map(len, batches)))
     tables, errors, done = [[np.zeros((0, 7))] for _ in ious], [], 0
     modes = {module: module.training for module in model.modules()}  # a frozen part may differ from the rest
@@ -405,7 +446,8 @@ def coco_summary(E):
 
 def evaluate(model, dataset, imgsz, nms_iou=0.7, rank=0, world_size=1, **settings):
     """
-    The twelve COCO numbers as a dict, the same on every rank and for any number of ranks; None: no such objects.
+    The twelve COCO numbers as a dict, the same on every rank and for any number of ranks; None: no such objects. With
+    them best_f1: its score, P, R and F1 over all classes, and by_class, the same of each class by name.
     settings: those of predict_dataset. The model keeps its training mode.
     """
     (table,), _ = predict_dataset(model, dataset, imgsz, ious=(nms_iou,), rank=rank, world_size=world_size, **settings)
@@ -413,7 +455,10 @@ def evaluate(model, dataset, imgsz, nms_iou=0.7, rank=0, world_size=1, **setting
     if world_size > 1:
         torch.distributed.gather_object(table, parts if rank == 0 else None)
     if rank == 0:
-        numbers = [coco_summary(run_cocoeval(dataset.coco(), np.concatenate(parts)))]
+        coco_gt = dataset.coco()
+        E = run_cocoeval(coco_gt, np.concatenate(parts))
+        by_class = {c['name']: best_f1(E, c['id']) for c in coco_gt['categories']}
+        numbers = [coco_summary(E) | dict(best_f1=best_f1(E) | dict(by_class=by_class))]
     if world_size > 1:
         torch.distributed.broadcast_object_list(numbers)
     return numbers[0]
@@ -476,21 +521,33 @@ def under_occlusion(coco_gt, detections):
     return table | {BINS[4]: dict(mean_figures(E), objects=int((company > 20).sum()))}
 
 
+def match_at_half(coco_gt, detections, by_class=True):
+    """
+    Matching at IoU 0.5, within the classes or across them -> for each detection the position of its annotation, -1
+    where it has none (a false positive), -2 where it counts neither way, in a crowd region; which objects were missed.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        E = match_detections(coco_gt['annotations'], detections, useCats=int(by_class), iouThrs=np.array([0.5]),
+                             maxDets=[max(1, len(detections))], areaRng=[[0, 1e10]],
+                             catIds=[c['id'] for c in coco_gt['categories']])
+    matched, missed = np.full(len(detections), -1), np.zeros(len(coco_gt['annotations']), bool)
+    for e in filter(None, E.evalImgs):
+        found, objects = np.array(e['dtIds'], int) - 1, np.array(e['gtIds'], int) - 1
+        matched[found] = np.where(e['dtIgnore'][0], -2, e['dtMatches'][0].astype(int) - 1)
+        missed[objects] = (e['gtMatches'][0] == 0) & (np.array(e['gtIgnore']) == 0)
+    return matched, missed
+
+
 def confusion(coco_gt, detections, conf=0.25):
     """(K + 1, K + 1) counts at IoU 0.5: rows true class, columns predicted class, the last of each is background."""
     detections = detections[detections[:, 5] >= conf]
     position = {c['id']: k for k, c in enumerate(coco_gt['categories'])}
-    true = [position[a['category_id']] for a in coco_gt['annotations']]
-    predicted = [position[category] for category in detections[:, 6]]
-    with contextlib.redirect_stdout(io.StringIO()):
-        E = match_detections(coco_gt['annotations'], detections, useCats=0, iouThrs=np.array([0.5]), maxDets=[1000],
-                             areaRng=[[0, 1e10]], catIds=list(position))
+    true = np.array([position[a['category_id']] for a in coco_gt['annotations']] + [len(position)])   # of -1: the last
+    predicted = np.array([position[category] for category in detections[:, 6]], int)
+    matched, missed = match_at_half(coco_gt, detections, by_class=False)
     matrix = np.zeros((len(position) + 1, len(position) + 1), int)
-    for e in filter(None, E.evalImgs):                               # matched to a crowd region: neither true nor false
-        for i, match, ignored in zip(e['dtIds'], e['dtMatches'][0], e['dtIgnore'][0], strict=True):
-            matrix[true[int(match) - 1] if match else -1, predicted[i - 1]] += not ignored
-        for i, match, ignored in zip(e['gtIds'], e['gtMatches'][0], e['gtIgnore'], strict=True):
-            matrix[true[i - 1], -1] += not ignored and not match
+    np.add.at(matrix, (true[matched[matched > -2]], predicted[matched > -2]), 1)
+    np.add.at(matrix, (true[:-1][missed], -1), 1)
     return matrix
 
 
@@ -512,17 +569,6 @@ def duplicates(coco_gt, detections, conf=0.25):
     return round(float(extra / max(1, sum(map(len, boxes.values())))), 4)
 
 
-def draw_plots(E, coco_gt, detections, folder):
-    """folder/precision_recall.png at IoU 0.5, of the classes with objects, and folder/confusion.png at score 0.25."""
-    table = {name: row['AP50'] for name, row in per_class(E, coco_gt).items() if row['AP50'] is not None}
-    curves = E.eval['precision'][0, :, :, 0, -1]                     # (101, K) at IoU 0.5
-    curves = curves[:, curves[0] > -1]
-    path = os.path.join(folder, 'precision_recall.png')
-    draw_precision_recall(E.params.recThrs, curves, list(table), list(table.values()), path)
-    names = [c['name'] for c in coco_gt['categories']]
-    draw_confusion(confusion(coco_gt, detections), names, os.path.join(folder, 'confusion.png'))
-
-
 # --- python eval.py --------------------------------------------------------------------------------------------------
 
 def read_detections(path, coco_gt):
@@ -533,7 +579,7 @@ def read_detections(path, coco_gt):
         table = np.array(rows, float).reshape(len(rows), 7)
     except OSError as e:
         raise InputError(f'--from_json={path}: {e.strerror}, check the path') from None
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
         raise InputError(f'{path} must be a list of COCO results, each with image_id, category_id, bbox [x, y, w, h] '
                          f'and score; this one is not ({type(e).__name__}: {e})') from None
     for column, what, known in ((0, 'image', coco_gt['images']), (6, 'category', coco_gt['categories'])):
@@ -556,21 +602,17 @@ def print_warnings(model, dataset):
         warn(f'NMS is inside the file: the settings here do not apply, and AP lacks all scores below {model.conf}')
 
 
-def run_model(ious):
-    """The model of the settings on their data -> COCO ground truth; for each NMS IoU a table (n, 7); speed."""
+def run_model(settings):
+    """The model on the data; settings: those of predict_dataset -> model, dataset, predict_dataset's result."""
     model = load_model(weights, device, fuse, nms, **dict(attn=attn) if attn else {})
     remove_blocks(model, [name for name in without.split(',') if name])
-    dataset = open_data(data, model.names, images)
+    dataset = open_data(data, model.names, images, frames=model.frames)
     print_warnings(model, dataset)
-    tables, clock = predict_dataset(model, dataset, imgsz, batch_size, rect, conf, ious, max_det, dtype, device,
-                                    antialias=antialias)
-    coco_gt = dataset.coco()
-    known = [c['id'] for c in coco_gt['categories']]                 # the model may have classes that the data has not
-    speed = dict(images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2))
+    tables, clock = predict_dataset(model, dataset, **settings)
     parts = ', '.join(f'{part} {clock["images"] / (clock[part] + 1e-9):.0f}' for part in ('load', 'network', 'nms'))
-    print(f'{speed["images"]} images, {speed["images_per_s"]} images/s; each part alone: {parts} images/s '
+    print(f'{clock["images"]} images, {clock["images"] / clock["all"]:.2f} images/s; each part alone: {parts} images/s '
           '(loading overlaps the others)')
-    return coco_gt, [table[np.isin(table[:, 6], known)] for table in tables], speed
+    return model, dataset, tables, clock
 
 
 def show(title, table):
@@ -585,12 +627,19 @@ def show(title, table):
 def main():
     if not data:
         raise InputError('no ground truth given: add --data=path/val.json, or a YOLO folder')
+    ious = nms_iou if isinstance(nms_iou, tuple) and not from_json else (nms_iou,)
+    settings = dict(imgsz=imgsz, batch_size=batch_size, rect=rect, conf=conf, ious=ious, max_det=max_det, dtype=dtype,
+                    device=device, antialias=antialias)
+    model = dataset = clock = None
     if from_json:                                                    # no image is needed
         coco_gt = ground_truth(read_coco(data)) if data.endswith('.json') else read_labels(data, images).coco()
-        ious, tables, speed = (nms_iou,), [read_detections(from_json, coco_gt)], {}
+        tables, speed = [read_detections(from_json, coco_gt)], {}
     else:
-        ious = nms_iou if isinstance(nms_iou, tuple) else (nms_iou,)
-        coco_gt, tables, speed = run_model(ious)
+        model, dataset, tables, clock = run_model(settings)
+        coco_gt = dataset.coco()
+        known = [c['id'] for c in coco_gt['categories']]             # the model may have classes that the data has not
+        tables = [table[np.isin(table[:, 6], known)] for table in tables]
+        speed = dict(images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2))
     evaluations = [run_cocoeval(coco_gt, table) for table in tables]
     numbers = [coco_summary(E) for E in evaluations]
     best = max(range(len(tables)), key=lambda i: numbers[i]['AP'] or 0)
@@ -603,10 +652,10 @@ def main():
         summary |= dict(nms_iou=ious[best], sweep={iou: one['AP'] for iou, one in zip(ious, numbers, strict=True)})
         columns = ('AP', 'AP50', 'AP75', 'AR100')
         show('NMS IoU', {str(iou): {key: one[key] for key in columns} for iou, one in zip(ious, numbers, strict=True)})
-    if by_class:
+    if by_class or report:
         summary['by_class'] = per_class(E, coco_gt)
         show('class', summary['by_class'])
-    if occlusion:
+    if occlusion or report:
         summary['occlusion'] = under_occlusion(coco_gt, table)
         show('overlap with another object', summary['occlusion'])
     summary['best_f1'] = best_f1(E)
@@ -619,8 +668,16 @@ def main():
         with open(os.path.join(folder, 'detections.json'), 'w', encoding='utf-8') as f:
             json.dump([dict(image_id=int(image), category_id=int(category), bbox=[round(v, 3) for v in box],
                             score=round(score, 6)) for image, *box, score, category in table.tolist()], f)
+    if plots or report:
+        from report import draw_plots, make_page  # here, as it imports this file
     if plots:
         draw_plots(E, coco_gt, table, folder)
+    if report:
+        with contextlib.suppress(InputError):                        # images that are elsewhere: then no pictures
+            dataset = dataset or DetectionDataset(data, images=images)
+        folder = folder or os.path.dirname(from_json or weights)
+        make_page(folder, data, coco_gt, E, table, summary, dataset, model, weights, clock,
+                  settings | dict(ious=(ious[best],)))
     print(json.dumps(summary))
 
 

@@ -44,6 +44,7 @@ import logging
 import os
 import re
 import timeit
+import warnings
 from dataclasses import asdict
 
 import numpy as np
@@ -127,10 +128,13 @@ class Exported(nn.Module):
         return rows * (score > 0)[..., None]                                          # (B, max_det, 6)
 
 
-def make_network(model, imgsz, dynamic, precision, settings):
+def make_network(model, imgsz, dynamic, precision, best_f1, settings):
     """-> an Exported in its precision; its example input and which of the input's sides are free; its metadata."""
     H, W = imgsz
     sparse = [module for module in model.modules() if isinstance(module, SparseGlobalBlock)]
+    if model.frames:
+        raise InputError('memory=time carries a state from frame to frame, which no exported file holds: run the '
+                         'checkpoint itself, or train without memory=time')
     if any(block.select == 'random' for block in sparse):
         raise InputError('select=random is a control for training that no format can hold: '
                          'export a model of another selection')
@@ -142,7 +146,7 @@ def make_network(model, imgsz, dynamic, precision, settings):
     metadata = dict(
         arch=model.checkpoint()['arch'], config=json.dumps(asdict(model.cfg)), nms=model.nms,
         names=json.dumps(model.names), num_classes=len(model.names), imgsz=json.dumps([H, W]), stride=32,
-        precision=precision,
+        precision=precision, best_f1=json.dumps(best_f1),
         preprocessing='RGB, scaled with antialiasing to fit (H, W) with its aspect kept, centred on grey 114, divided '
                       'by 255; (B, 3, H, W) float32',
         boxes='x1, y1, x2, y2 in pixels of the network input; in the picture (x - left) / scale, (y - top) / scale')
@@ -153,21 +157,24 @@ def make_network(model, imgsz, dynamic, precision, settings):
     return network, (example,), (sides,) if dynamic else None, {name: str(value) for name, value in metadata.items()}
 
 
-def export_onnx(model, path, imgsz, dynamic=False, precision='fp32', **settings):
+def export_onnx(model, path, imgsz, dynamic=False, precision='fp32', best_f1=None, **settings):
     """
-    A fused model -> an ONNX file for images of imgsz (H, W); returns the Exported. settings: Exported's. For int8
-    export in fp32, then quantise the file.
+    A fused model -> an ONNX file for images of imgsz (H, W); returns the Exported. best_f1: that of
+    checkpoint.read_weights, for the metadata. settings: Exported's. For int8 export in fp32, then quantise the file.
     """
     missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f'ONNX needs packages that are not installed: pip install {" ".join(missing)}')
     # it warns that torchvision is absent, which nothing here uses
     logging.getLogger('torch.onnx._internal.exporter._registration').setLevel(logging.ERROR)
-    network, example, sides, metadata = make_network(model, imgsz, dynamic, precision, settings)
-    program = torch.onnx.export(
-        network, example, dynamo=True, opset_version=18, dynamic_shapes=sides, verbose=False, input_names=['images'],
-        output_names=['detections'] if network.detections else ['boxes', 'scores'],
-        custom_translation_table={torch.ops.hsvdet.suppress.default: onnx_suppress})
+    network, example, sides, metadata = make_network(model, imgsz, dynamic, precision, best_f1, settings)
+    # inside torch 2.13 run_decompositions copies a LeafSpec, whose constructor torch deprecates: the warning is its own
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', r'`isinstance\(treespec, LeafSpec\)` is deprecated', FutureWarning)
+        program = torch.onnx.export(
+            network, example, dynamo=True, opset_version=18, dynamic_shapes=sides, verbose=False,
+            input_names=['images'], output_names=['detections'] if network.detections else ['boxes', 'scores'],
+            custom_translation_table={torch.ops.hsvdet.suppress.default: onnx_suppress})
     for node in program.model.graph:                                          # scopes: '', 'model', 'model.block4'
         scopes = ast.literal_eval(node.metadata_props.get('pkg.torch.onnx.name_scopes', '[]'))
         scope = next((s for s in reversed(scopes) if s.startswith('model.')), 'model.after')
@@ -196,9 +203,9 @@ def quantise(path, arrays, symmetric=False):
         extra_options=dict(ActivationSymmetric=symmetric, QuantizeBias=not symmetric, AddQDQPairToWeight=symmetric))
 
 
-def export_torch(model, path, imgsz, dynamic=False, precision='fp32', **settings):
+def export_torch(model, path, imgsz, dynamic=False, precision='fp32', best_f1=None, **settings):
     """As export_onnx, but a torch.export program; its metadata are the extra file metadata.json."""
-    network, example, sides, metadata = make_network(model, imgsz, dynamic, precision, settings)
+    network, example, sides, metadata = make_network(model, imgsz, dynamic, precision, best_f1, settings)
     program = torch.export.export(network, example, dynamic_shapes=sides)
     torch.export.save(program, path, extra_files={'metadata.json': json.dumps(metadata)})
     return network
@@ -316,6 +323,8 @@ def output_path():
             (precision not in ('fp32', 'fp16', 'int8'), f'--precision={precision}: it is fp32, fp16 or int8'),
             (weights.endswith(('.onnx', '.pt2')),
              f'--weights={weights} is an export already: give the .pt it was made of'),
+            (not 0 <= conf <= 1, f'--conf={conf}: a score lies in 0..1'),
+            (not 0 <= nms_iou <= 1, f'--nms_iou={nms_iou}: an overlap lies in 0..1'),
             (suffix == '.pt2' and (precision == 'int8' or nms),
              '--format=torch_export has neither int8 nor NMS inside: use --format=onnx'),
             (precision == 'int8' and not calibration,
@@ -339,7 +348,7 @@ def main():
     seen = DetectionDataset(calibration, imgsz=shape) if precision == 'int8' else None
     settings = dict(nms=nms, conf=conf, iou=nms_iou, max_det=max_det, multi_label=multi_label)
     export = export_onnx if format == 'onnx' else export_torch
-    network = export(model, path, shape, dynamic, precision, **settings)
+    network = export(model, path, shape, dynamic, precision, model.best_f1, **settings)
     if precision == 'int8':
         quantise(path, (x.numpy() for x in pictures(seen, shape, 64)), symmetric)
     worst, explained = check(model, network, path, shape, dynamic, dataset, 0.0 if precision == 'fp32' else 0.25)

@@ -36,6 +36,8 @@ MIN_SIDE = 1e-3              # pixels: float32 could not tell the two sides of a
 MAX_SIDE = 100_000           # pixels: a larger width or height of an image is a mistake in the label file
 MAX_CLASSES = 100_000        # a larger class number is a mistake, and the list of names up to it would fill the memory
 MAX_ID = 2**53               # ids pass through pycocotools as float64
+LABELLED = ('name a labelled set there (train_data, val_data or --data), or make both parts of one labelled json with '
+            'python data.py split my/all.json --val=0.2')
 
 short = reprlib.repr         # any value, however long or deep, in a few words
 
@@ -302,7 +304,7 @@ def read_coco_set(table, folder, names):
     folder = folder or find_images(source, files)
     found, listed = find_coco_images(table, data['images'], folder)
     if not data['annotations']:
-        raise InputError(f'{source} has no annotations: give a labelled set')
+        raise InputError(f'{source} has no annotations, nothing to learn from or measure against: {LABELLED}')
     if not found:
         raise InputError(f'not one image of {source} found in {folder or "the folders beside it"}: name the folder '
                          f'that holds {printable((files or ["them"])[0])} (train_images, val_images or --images)')
@@ -535,8 +537,8 @@ def read_labels(source, images='', names=None):
               sorted where it has no list of them (VOC)
     """
     if not os.path.exists(re.sub(r'(\.ya?ml):\w+$', r'\1', source)):
-        makers = (('shapes', 'shapes'), ('long_range', 'long_range'), ('instances_train2017.json', 'coco'),
-                  ('coco', 'coco --fraction=0.2'))
+        makers = (('shapes', 'shapes'), ('long_range', 'long_range'), ('clips', 'clips'),
+                  ('instances_train2017.json', 'coco'), ('coco', 'coco --fraction=0.2'))
         command = next((f'run: python -m prepare.{name}' for part, name in makers if part in source), 'check the path')
         raise InputError(printable(f'dataset {source} not found: {command}'))
     table = Labels(source)
@@ -550,7 +552,7 @@ def read_labels(source, images='', names=None):
     if not table.files:
         raise InputError(f'not one image of {source} can be used{quoted}: check the folder of the images')
     if not any(map(len, table.labels)):
-        raise InputError(f'{source} has no usable annotations{quoted}: give a labelled set')
+        raise InputError(f'{source} has no usable annotations{quoted}: {LABELLED}')
     table.sizes = np.array(table.sizes, np.int64)                      # (n, 2) w, h
     return table
 

@@ -98,7 +98,7 @@ def decode_boxes(sides, points, strides):
 # --- assignment ------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=6.0, eps=1e-9, budget=2 ** 20):
+def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=6.0, eps=1e-9, budget=None):
     """
     Task-aligned assignment (Feng et al. 2021), memory bounded however many objects there are.
 
@@ -107,16 +107,17 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
 
     All objects of the batch form one list of G objects, worked through in chunks of `budget` object-point pairs, so
     that 2,000 objects on 33,600 points need tens of megabytes instead of gigabytes (about 200 where all boxes cover the
-    whole image); no result depends on the chunking.
+    whole image); no result depends on the chunking. The host waits for a GPU once, and once per chunk, so there they
+    are four times as large.
     """
     B, A, K = scores.shape
+    budget = budget or (2 ** 22 if scores.is_cuda else 2 ** 20)
     image, slot = (gt_labels >= 0).nonzero(as_tuple=True)                             # (G,) each
     label, box = gt_labels[image, slot], gt_boxes[image, slot].to(boxes.dtype)        # (G,), (G, 4)
     G = len(image)
-    assigned_gt_idx = torch.full((B, A), -1, dtype=torch.long, device=scores.device)
     target_scores = torch.zeros(B, A, K, dtype=scores.dtype, device=scores.device)
     if G == 0:
-        return assigned_gt_idx, target_scores
+        return torch.full((B, A), -1, dtype=torch.long, device=scores.device), target_scores
     scores, boxes = scores.reshape(-1, K), boxes.reshape(-1, 4)                       # (B * A, K), (B * A, 4)
 
     # 1) an object claims the topk points inside its box with the highest alignment metric, score^alpha * CIoU^beta
@@ -135,10 +136,11 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
         metrics = torch.zeros(inside.shape, dtype=alignment_metric.dtype, device=alignment_metric.device)  # (g, A)
         metrics[o, a] = alignment_metric
         top, point = metrics.topk(min(topk, A), 1)                                    # (g, topk)
-        rank, place = (top > 0).nonzero(as_tuple=True)                                # metric 0: no claim
-        claimed = image[g][rank] * A + point[rank, place]
-        num_claims.index_add_(0, claimed, torch.ones_like(claimed))
-        claiming_gt[claimed] = rank + first
+        claims = (top > 0).long()                                                     # metric 0: no claim
+        claimed = (image[g, None] * A + point).flatten()
+        num_claims.index_add_(0, claimed, claims.flatten())
+        index = torch.arange(first, first + len(top), device=top.device)[:, None]     # (g, 1) into the list of G
+        claiming_gt.scatter_reduce_(0, claimed, (claims * index).flatten(), 'amax')
         # the IoU's bits order like the IoU; with the object below them, one maximum finds the best and, of equals,
         # the first
         key = (iou.float().view(torch.int32).long() << 32) + (G - 1 - first - o)
@@ -146,16 +148,16 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
 
     # 2) a point claimed by several goes to the object with the highest IoU among all that contain it
     gt_idx = torch.where(num_claims > 1, G - 1 - (best & 0xffffffff), claiming_gt)    # (B * A,) into the list of G
-    at = num_claims.nonzero()[:, 0]                                                   # (F,) foreground points
-    gt_idx = gt_idx[at]
-    assigned_gt_idx.view(-1)[at] = slot[gt_idx]
+    foreground = num_claims > 0                                                       # (B * A,) elsewhere gt_idx is 0
+    assigned_gt_idx = slot[gt_idx].masked_fill(~foreground, -1).view(B, A)
 
     # 3) soft targets: an object's best point gets its IoU as target, the others in proportion to their alignment metric
-    iou = ciou(box[gt_idx], boxes[at]).clamp_(min=0)                                  # (F,)
-    alignment_metric = scores[at, label[gt_idx]] ** alpha * iou ** beta
+    rows = torch.arange(B * A, device=scores.device)
+    iou = ciou(box[gt_idx], boxes).clamp_(min=0).masked_fill_(~foreground, 0)          # (B * A,)
+    alignment_metric = scores[rows, label[gt_idx]] ** alpha * iou ** beta
     max_metric = alignment_metric.new_zeros(G).scatter_reduce_(0, gt_idx, alignment_metric, 'amax')
     max_iou = torch.zeros_like(max_metric).scatter_reduce_(0, gt_idx, iou, 'amax')
-    target_scores.view(-1, K)[at, label[gt_idx]] = alignment_metric * max_iou[gt_idx] / (max_metric[gt_idx] + eps)
+    target_scores.view(-1, K)[rows, label[gt_idx]] = alignment_metric * max_iou[gt_idx] / (max_metric[gt_idx] + eps)
     return assigned_gt_idx, target_scores
 
 

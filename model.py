@@ -21,16 +21,19 @@ Papers: cross-stage partial networks, Wang et al. 2019 (1911.11929); SPP, He et 
 import contextlib
 import copy
 import math
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import HELP, make_block
+from attention import HELP, make_block, selecting
 from checkpoint import fill, read_weights
 from configurator import InputError, build, configure
 from loss import decode_boxes, detection_loss, flatten_maps, make_anchor_points
+from sparse_attention import sincos_2d, stable_topk
 
 SCALES = {                                                           # depth, width, largest channel count before width
     'n': (0.33, 0.25, 1024),
@@ -46,12 +49,16 @@ class HSVDETConfig:
     scale: str = 'n'                                                                  # n s m l x
     num_classes: int = 80
     attn: str = '-SS'                # a letter each for P3 P4 P5: '-' none, 'S' sparse, 'F' full, more in attention.py
-    k: int | float = 512                            # tokens that attend: a count, a fraction of all below 1, 0 for all
+    k: int | float | tuple = 512        # tokens that attend: a count, a fraction below 1, 0 for all; or three: P3 P4 P5
     select: str = 'l2sq'                                                              # l2sq l2 random learned
     gate: str = 'learned'                                                             # learned fixed none
     heads: int = 1                                                                    # attention heads
     pos: bool = False                                                                 # positional code for q and k
     one2one: bool = False                                                             # a second head that needs no NMS
+    keep: str = ''     # 'mass:0.5': of the k those that hold half of the importance; 'joint': P4 and P5 share their k's
+    memory: str = ''   # 'scale': P4's tokens attend to P5's too; 'time': to those of earlier frames; or 'scale,time'.
+    #                    With ':shuffled' (the control) they get the tokens of another image of the batch
+    frames: int = 2                                                                   # earlier frames that 'time' keeps
 
     def __post_init__(self):
         for ok, message in (
@@ -60,14 +67,36 @@ class HSVDETConfig:
                  f'num_classes must be at least 1, got {self.num_classes!r}'),
                 (len(self.attn) == 3 and set(self.attn) <= set(HELP),
                  f'attn has one of {" ".join(HELP)} for each of P3 P4 P5, got {self.attn!r}'),
-                (type(self.k) is int and self.k >= 0 or 0 < self.k < 1,
-                 f'k must be a count, a fraction below 1, or 0 for all, got {self.k!r}'),
+                (all(type(k) is int and k >= 0 or type(k) is float and 0 < k < 1 for k in self.each_k()),
+                 f'k must be a count, a fraction below 1, or 0 for all, or three of them for P3 P4 P5, got {self.k!r}'),
                 (self.select in ('l2sq', 'l2', 'random', 'learned'),
                  f'select must be l2sq, l2, random or learned, got {self.select!r}'),
                 (self.gate in ('learned', 'fixed', 'none'), f'gate must be learned, fixed or none, got {self.gate!r}'),
-                (self.heads in (1, 2, 4, 8, 16), f'heads must be 1, 2, 4, 8 or 16, got {self.heads!r}')):
+                (self.heads in (1, 2, 4, 8, 16), f'heads must be 1, 2, 4, 8 or 16, got {self.heads!r}'),
+                (re.fullmatch(r'(mass:(0?\.\d*[1-9]\d*|1|1\.0*)|joint)?', self.keep),
+                 f"keep must be 'mass:0.5' (a share up to 1), 'joint' or nothing, got {self.keep!r}"),
+                (not self.keep or self.select != 'random', f'keep={self.keep} needs an importance: select=l2sq'),
+                (self.keep != 'joint' or set(self.attn[1:]) <= set('ST') and self.select != 'learned'
+                 and all(type(k) is int and k > 0 for k in self.each_k()[1:]),
+                 'keep=joint needs attn S or T at P4 and P5, select=l2sq or l2, and k as counts, '
+                 f'got attn={self.attn}, select={self.select}, k={self.k}'),
+                (re.fullmatch(r'((scale|time|scale,time)(:shuffled)?)?', self.memory),
+                 f"memory must be 'scale', 'time', 'scale,time', one of them with ':shuffled', or nothing, "
+                 f'got {self.memory!r}'),
+                ('scale' not in self.memory or set(self.attn[1:]) <= set('SFT'),
+                 f'memory={self.memory} needs attn S, F or T at P4 and P5, got attn={self.attn}'),
+                ('time' not in self.memory or set(self.attn[1:]) & set('SFT'),
+                 f'memory={self.memory} needs attn S, F or T at P4 or P5, got attn={self.attn}'),
+                (type(self.frames) is int and self.frames >= 1, f'frames must be at least 1, got {self.frames!r}')):
             if not ok:
                 raise InputError(message)
+
+    def each_k(self):
+        """k for P3, P4, P5."""
+        k = self.k if isinstance(self.k, tuple) else (self.k,) * 3
+        if len(k) != 3:
+            raise InputError(f'k must be one number, or three for P3 P4 P5, got {self.k!r}')
+        return k
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -301,6 +330,29 @@ class Backbone(nn.Module):
         return p3, p4, run(self.sppf, p5)
 
 
+class Taken(NamedTuple):
+    """What a block selected of B images, for other blocks to attend to."""
+    cells: torch.Tensor                                                               # (B, k) row-major
+    kept: torch.Tensor | None                                                         # (B, k) bool; None: all of them
+    tokens: torch.Tensor                                                              # (B, k, C), of the block's output
+
+    def count(self):
+        """(B,): how many tokens each image kept."""
+        B, k = self.cells.shape
+        return self.kept.sum(1) if self.kept is not None else self.cells.new_full((B,), k)
+
+
+class FrameCode(nn.Module):
+    """What a block took in earlier frames, newest first, with a learned code of its age: pairs for attend()."""
+
+    def __init__(self, frames, c):
+        super().__init__()
+        self.code = nn.Parameter(torch.zeros(frames, c))
+
+    def forward(self, earlier):
+        return [(taken.tokens + self.code[age], taken.kept) for age, taken in enumerate(earlier)]
+
+
 class HSVDET(nn.Module):
     """
     The table below is scale l at 1920x1088; tests hold it to the code, and `python model.py` prints it for any scale.
@@ -334,7 +386,13 @@ class HSVDET(nn.Module):
     Attributes: cfg; names, a list of K class names; imgsz, the (H, W) it was trained at, or None; checkpointing, set it
     to recompute activations in the backward pass (less memory, about a third more time); nms, whether the answers are
     those of the one-to-many head, cleaned by NMS (True), or those of the one-to-one head where there is one, as they
-    are (False); fixed_imgsz, the only (H, W) it takes, or None for any.
+    are (False); fixed_imgsz, the only (H, W) it takes, or None for any; frames, how many earlier frames it remembers.
+
+    Memory. memory='scale': what P5's block selected, enriched, is offered to P4's block, through a linear map between
+    their widths whose bias is the level's code. memory='time': what a block selected in the last `frames` frames is
+    offered to it, plus a learned code per frame. The memory of frames is an argument and a result (see features), so a
+    new clip starts with None. In training a sample is a whole clip (B, F, 3, H, W), through which gradients flow;
+    nothing outlives it, so nothing has to be detached between steps. With pos the tokens carry their cell's code.
     """
 
     LOSSES = ('box', 'cls', 'dfl')                                                    # of each part, for the log
@@ -343,22 +401,28 @@ class HSVDET(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.names = [f'class{i}' for i in range(cfg.num_classes)]
-        self.imgsz, self.fixed_imgsz = None, None
+        self.imgsz, self.fixed_imgsz, self.best_f1 = None, None, None
+        self.frames = cfg.frames if 'time' in cfg.memory else 0
         self.checkpointing = False
         self.nms = True
         (_, _, c3, c4, c5), n = scaled(cfg.scale)
 
+        k3, k4, k5 = cfg.each_k()
+        one = cfg                                                                     # what one level's block is told
+        if cfg.keep == 'joint':                                                       # it keeps what it wins, up to all
+            k4 = k5 = k4 + k5
+            one = replace(cfg, keep='')
         self.backbone = Backbone(cfg.scale)
-        self.block5 = make_block(cfg.attn[2], c5, cfg)
+        self.block5 = make_block(cfg.attn[2], c5, replace(one, k=k5))
 
         self.up4 = nn.Upsample(scale_factor=2)
         self.cat4 = Concat()
         self.fpn4 = C2f(c5 + c4, c4, n(3), False)
-        self.block4 = make_block(cfg.attn[1], c4, cfg)
+        self.block4 = make_block(cfg.attn[1], c4, replace(one, k=k4))
         self.up3 = nn.Upsample(scale_factor=2)
         self.cat3 = Concat()
         self.fpn3 = C2f(c4 + c3, c3, n(3), False)
-        self.block3 = make_block(cfg.attn[0], c3, cfg)
+        self.block3 = make_block(cfg.attn[0], c3, replace(one, k=k3))
         self.pan_down4 = Conv(c3, c3, 3, 2)
         self.pan_cat4 = Concat()
         self.pan4 = C2f(c3 + c4, c4, n(3), False)
@@ -368,45 +432,131 @@ class HSVDET(nn.Module):
 
         self.detect_head = Detect((c3, c4, c5), cfg.num_classes)
         self.one2one_head = copy.deepcopy(self.detect_head) if cfg.one2one else None
+        # Named as the blocks they belong to: these too are fresh in a model made from weights without them
+        self.block4_scale = nn.Linear(c5, c4) if 'scale' in cfg.memory else None
+        self.block4_time = FrameCode(cfg.frames, c4) if 'time' in cfg.memory and selecting(self.block4) else None
+        self.block5_time = FrameCode(cfg.frames, c5) if 'time' in cfg.memory and selecting(self.block5) else None
 
     def blocks(self):
         """The attention blocks there are, by level: dict(p4=..., p5=...)."""
         blocks = dict(p3=self.block3, p4=self.block4, p5=self.block5)
         return {level: block for level, block in blocks.items() if block is not None}
 
-    def forward_features(self, images):
-        """images (B, 3, H, W) in 0..1 -> the three maps that the head sees, strides 8, 16, 32."""
+    def attend(self, block, x, offered=(), count=None):
+        """
+        One block, if it is there, on x (B, C, H, W) -> its output, and what it selected: Taken, or None. offered: pairs
+        of tokens (B, T, C) and which of them count (B, T) bool, or None for all. count (B,): see select_tokens.
+        """
+        mixer = selecting(block)
+        if mixer is None or not (self.cfg.memory or self.cfg.keep):
+            return x if block is None else block(x), None
+        memory = seen = None
+        if offered:
+            memory = torch.cat([tokens for tokens, _ in offered], 1)                  # (B, T, C)
+            if any(kept is not None for _, kept in offered):
+                seen = torch.cat([tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if kept is None else kept
+                                  for tokens, kept in offered], 1)                    # (B, T)
+            if self.cfg.memory.endswith(':shuffled'):
+                memory, seen = memory.roll(1, 0), None if seen is None else seen.roll(1, 0)
+        chosen = mixer.select_tokens(x, count)
+        x = block(x, memory, seen, chosen)
+        B, C, H, W = x.shape
+        tokens = x.flatten(2).transpose(1, 2).gather(1, chosen[0][..., None].expand(-1, -1, C))       # (B, k, C)
+        if mixer.pos:
+            tokens = tokens + sincos_2d(H, W, C, x.device).to(x.dtype)[chosen[0]]
+        return x, Taken(chosen[0], chosen[2], tokens)
+
+    def joint_counts(self, p4, p5):
+        """
+        How many tokens P4 and P5 keep of their common k4 + k5, (B,) each: how many of the k4 + k5 largest importances
+        of both maps are theirs. Norms of two levels are not comparable, so each map's are standardised first (mean 0,
+        variance 1, per image). P4's is the backbone's map, as P5's block runs before P4 is fused; which of its tokens
+        P4's block then keeps it decides on its own input. At least one each: attention over nothing is not defined.
+        """
+        scores = [selecting(block).importance(x) for block, x in ((self.block4, p4), (self.block5, p5))]
+        scores = [(s - s.mean(1, keepdim=True)) / s.std(1, keepdim=True, correction=0).clamp(min=1e-6) for s in scores]
+        k, N = selecting(self.block4).k, scores[0].shape[1]
+        winners = stable_topk(torch.cat(scores, 1).float(), torch.sym_min(k, N + scores[1].shape[1]))  # (B, k4 + k5)
+        n4 = (winners < N).sum(1)
+        return n4.clamp(min=1), (winners.shape[1] - n4).clamp(min=1)
+
+    def top_down(self, images, state=None):
+        """
+        The first half of the network, up to block4: images (B, 3, H, W) in 0..1 -> maps (p3, n4, p5); and, with memory
+        or keep, {'p4': Taken, 'p5': Taken} of the blocks that select tokens. Earlier frames of a clip need no more.
+
+        state: that of advance(), what blocks took in earlier frames: {level: [Taken of the last frame, of the one
+        before it, ...]}; None at the start of a clip.
+        """
+        if torch.compiler.is_exporting() and 'time' in self.cfg.memory:
+            raise InputError('memory=time carries a state from frame to frame, which no exported file holds: run the '
+                             'checkpoint itself, or train without memory=time')
         run = recompute if self.checkpointing and self.training else call
         p3, p4, p5 = self.backbone(images, run)
-        if self.block5 is not None:
-            p5 = self.block5(p5)
+        state = state or dict(p4=[], p5=[])
+        n4_count, n5_count = self.joint_counts(p4, p5) if self.cfg.keep == 'joint' else (None, None)
+        p5, taken5 = self.attend(self.block5, p5, self.block5_time(state['p5']) if self.block5_time else [], n5_count)
         # top-down: the deep maps know what things are and tell the shallow ones, which know where they are
         n4 = run(self.fpn4, self.cat4(self.up4(p5), p4))
-        if self.block4 is not None:
-            n4 = self.block4(n4)
+        offered = self.block4_time(state['p4']) if self.block4_time else []
+        if self.block4_scale is not None and taken5 is not None:                     # None: block5 was taken out
+            offered.append((self.block4_scale(taken5.tokens), taken5.kept))
+        n4, taken4 = self.attend(self.block4, n4, offered, n4_count)
+        return (p3, n4, p5), {level: taken for level, taken in (('p4', taken4), ('p5', taken5)) if taken is not None}
+
+    def features(self, images, state=None):
+        """images (B, 3, H, W) in 0..1 -> the three maps that the head sees, strides 8, 16, 32, and top_down's Taken."""
+        run = recompute if self.checkpointing and self.training else call
+        (p3, n4, p5), taken = self.top_down(images, state)
         n3 = run(self.fpn3, self.cat3(self.up3(n4), p3))
         if self.block3 is not None:
             n3 = self.block3(n3)
         # bottom-up: and back again
         m4 = run(self.pan4, self.pan_cat4(run(self.pan_down4, n3), n4))
         m5 = run(self.pan5, self.pan_cat5(run(self.pan_down5, m4), p5))
-        return n3, m4, m5
+        return (n3, m4, m5), taken
+
+    def forward_features(self, images):
+        """images (B, 3, H, W), or clips (B, F, 3, H, W) whose last frame is asked about -> the three maps."""
+        if images.ndim == 4:
+            return self.features(images)[0]
+        state = None
+        for frame in images.unbind(1)[:-1]:
+            state = self.advance(state, self.top_down(frame, state)[1])
+        return self.features(images[:, -1], state)[0]
+
+    def advance(self, state, taken):
+        """The state before a frame (None at the start) and what the blocks took in it -> the state after it."""
+        state = state or dict(p4=[], p5=[])
+        return {level: [*([taken[level]] if level in taken else []), *earlier][:self.cfg.frames]
+                for level, earlier in state.items()}
+
+    def forward_frame(self, images, state=None):
+        """
+        The next frame of B videos (B, 3, H, W) -> raw maps as forward's, and the state to pass in with the frame after
+        it. None starts the videos anew.
+        """
+        features, taken = self.features(images, state)
+        return self.answering_head()(*features), self.advance(state, taken)
+
+    def answering_head(self):
+        return self.detect_head if self.nms or self.one2one_head is None else self.one2one_head
 
     def forward(self, images, targets=None):
         """
-        images (B, 3, H, W) in 0..1, H and W multiples of 32 -> maps, losses.
+        images (B, 3, H, W) in 0..1, H and W multiples of 32, or clips (B, F, 3, H, W) whose last frame is asked about
+        -> maps, losses.
 
         maps: three raw tensors (B, 64 + K, H / s, W / s), s = 8, 16, 32; 4 sides (left, top, right, bottom) x 16 bins,
         then class logits. losses: {} without targets, else {part: (weighted sums by name, their divisor)} for the parts
         one2many and, where that head exists, one2one; see loss.detection_loss and loss.total_loss.
         """
-        H, W = images.shape[2:]
+        H, W = images.shape[-2:]
         assert H % 32 == 0 and W % 32 == 0, f'image sides must be multiples of 32, got {H}x{W}'
         features = self.forward_features(images)
         run = recompute if self.checkpointing and self.training else call
         if targets is None:
-            one2one = not self.nms and self.one2one_head is not None
-            return run(self.one2one_head if one2one else self.detect_head, *features), {}
+            return run(self.answering_head(), *features), {}
         maps = run(self.detect_head, *features)
         with torch.autocast(images.device.type, enabled=False):
             losses = dict(one2many=detection_loss(maps, targets))
@@ -560,9 +710,9 @@ if __name__ == '__main__':
     with torch.device('meta'):
         table = layer_table(HSVDET(cfg), H, W)
     print(f'HSV-DET-{scale}, attn {cfg.attn}, {cfg.num_classes} classes, image {H}x{W} (rows x columns)\n')
-    print(f'{"#":>3}  {"name":<12}{"module":<24}{"output":<16}{"parameters":>12}{"GFLOPs":>10}')
+    print(f'{"#":>3}  {"name":<13}{"module":<24}{"output":<16}{"parameters":>12}{"GFLOPs":>10}')
     for i, name, m, shapes, p, f in table:
-        shape = 'x'.join(map(str, shapes[0]))
-        print(f'{i:>3}  {name:<12}{type(m).__name__:<24}{shape:<16}{p:>12,}{f / 1e9:>10.2f}')
+        shape = 'x'.join(map(str, shapes[0])) if shapes else ''
+        print(f'{i:>3}  {name:<13}{type(m).__name__:<24}{shape:<16}{p:>12,}{f / 1e9:>10.2f}')
     parameters, flops = sum(row[4] for row in table), sum(row[5] for row in table)
-    print(f'{"":>3}  {"total":<12}{"":<24}{"":<16}{parameters:>12,}{flops / 1e9:>10.2f}')
+    print(f'{"":>3}  {"total":<13}{"":<24}{"":<16}{parameters:>12,}{flops / 1e9:>10.2f}')

@@ -4,11 +4,20 @@ Optimizers: which one moves which parameters.
     make_optimizers(groups, kinds, lr, momentum, beta2)      groups as a detector's param_groups() gives them, by part
 
 AdamW and SGD are torch's. Muon is here because torch.optim.Muon takes matrices only, and computes in bfloat16, which a
-CPU without hardware for it emulates ten times slower than float32.
+CPU without hardware for it emulates ten times slower than float32. LAMB (You et al. 2019, 1904.00962), SOAP (Vyas et
+al. 2024, 2409.11321) and Lion (Chen et al. 2023, 2302.06675) come from the package pytorch_optimizer, when asked for;
+another of its kind is a row in LIBRARY.
+
+Left out: Sophia, which needs second derivatives, another backward pass; and Schedule-Free, which wants a constant
+learning rate instead of our three stages, and BatchNorm statistics of its averaged weights, so that every evaluation
+would begin with a pass over training images.
 """
 import torch
 
-KINDS = ('adamw', 'sgd', 'muon')
+from configurator import InputError
+
+LIBRARY = dict(lamb=('Lamb', 0.999), soap=('SOAP', 0.95), lion=('Lion', 0.99))        # its class, its paper's beta2
+KINDS = ('adamw', 'sgd', 'muon', *LIBRARY)
 
 
 def orthogonalize(matrix, steps=5):
@@ -47,10 +56,22 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group['lr'] * group['weight_decay']).add_(update.view(p.shape), alpha=-group['lr'] * size)
 
 
+def from_library(kind, groups, lr, momentum):
+    """An optimizer of LIBRARY. Raises InputError where the package is missing."""
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        raise InputError(f'optimizer {kind} needs a package that is not installed: pip install pytorch_optimizer'
+                         ) from None
+    name, beta2 = LIBRARY[kind]
+    return getattr(pytorch_optimizer, name)(groups, lr, betas=(momentum, beta2))
+
+
 def make_optimizers(groups, kinds, lr, momentum, beta2):
     """
-    kinds: dict part -> 'adamw', 'sgd' or 'muon' (matrices and kernels by Muon, vectors and scalars by AdamW). momentum:
-    of SGD (Nesterov) and Muon, AdamW's first beta. One optimizer per kind; a group's 'factor' is its share of the lr.
+    kinds: dict part -> one of KINDS. Only AdamW and SGD move vectors and scalars, which have no structure that another
+    could use: AdamW does it for the others. momentum: of SGD (Nesterov) and Muon, the first beta of all others; beta2:
+    of AdamW. One optimizer per kind; a group's 'factor' is its share of the lr.
     """
     make = dict(adamw=lambda some: torch.optim.AdamW(some, lr, (momentum, beta2), fused=True),
                 sgd=lambda some: torch.optim.SGD(some, lr, momentum, nesterov=momentum > 0),
@@ -58,7 +79,8 @@ def make_optimizers(groups, kinds, lr, momentum, beta2):
     by_kind = {}
     for group in groups:
         kind = kinds[group['part']]
-        if kind == 'muon' and group['name'].endswith('no_decay'):                     # vectors and scalars
+        if kind not in ('adamw', 'sgd') and group['name'].endswith('no_decay'):       # vectors and scalars
             kind = 'adamw'
         by_kind.setdefault(kind, []).append(dict(group, factor=group['lr']))
-    return [make[kind](some) for kind, some in by_kind.items()]
+    return [make[kind](some) if kind in make else from_library(kind, some, lr, momentum)
+            for kind, some in by_kind.items()]

@@ -12,10 +12,13 @@ Images are drawn with Pillow, all else with matplotlib, which is imported when f
 are then left out with a printed line, what was asked for by name raises InputError. A leaf: of ours it imports the
 configurator alone, and it computes nothing that is not a pixel.
 """
+import base64
 import csv
+import io
 import json
 import math
 import os
+from html import escape as esc
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -135,37 +138,42 @@ def new_figure(width, height, layout='constrained'):
     return Figure((width, height), layout=layout)
 
 
+def log_panels(path):
+    """log.csv -> {title of a panel: {label: [(epoch, value)]}}, without empty cells and columns."""
+    with open(path, newline='', encoding='utf-8') as f:
+        rows = list(csv.DictReader(f))
+    panels = {title: {} for title in ('losses', 'AP', 'learning rate', 'gates', '|block(x) - x| / |x|')}
+    for column in rows[0] if rows else ():
+        points = [(float(row['epoch']), float(row[column])) for row in rows if row[column]]            # (x, y)
+        if points and column not in ('step', 'epoch', 'objects', 'grad_norm'):
+            title = ('AP' if column.startswith('AP') else 'learning rate' if column == 'lr' else
+                     'gates' if column.startswith('gate_') else
+                     '|block(x) - x| / |x|' if column.startswith('share_') else 'losses')
+            panels[title][column.removeprefix('gate_').removeprefix('share_')] = points
+    return {title: lines for title, lines in panels.items() if lines}
+
+
 def draw_curves(log_path, out_path, warmup_epochs, no_aug_start, title=''):
     """
     log.csv -> a png: losses, AP, learning rate, and of the attention blocks the gates and what they add to their input.
-    Dotted lines mark the epochs at which warm-up ends and strong augmentation stops. Empty cells are skipped.
+    Dotted lines mark the epochs at which warm-up ends and strong augmentation stops.
     """
-    with open(log_path, newline='', encoding='utf-8') as f:
-        rows = list(csv.DictReader(f))
-    columns = list(rows[0]) if rows else []
-    other = ('step', 'epoch', 'lr', 'objects', 'grad_norm')
-    panels = {'losses': [c for c in columns if c not in other and not c.startswith(('gate_', 'share_', 'AP'))],
-              'AP': [c for c in columns if c.startswith('AP')], 'learning rate': [c for c in columns if c == 'lr'],
-              'gates': [c for c in columns if c.startswith('gate_')],
-              '|block(x) - x| / |x|': [c for c in columns if c.startswith('share_')]}
-    panels = {name: names for name, names in panels.items() if names}
+    panels = log_panels(log_path)
     try:
         figure = new_figure(max(4.2 * len(panels), 4.2), 3.6)
     except InputError as e:
         print(f'no {out_path}: {e}')
         return
     axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
-    for ax, (name, names) in zip(axes, panels.items(), strict=False):
-        for column in names:
-            points = [(float(row['epoch']), float(row[column])) for row in rows if row[column]]        # (x, y)
-            label = column.removeprefix('gate_').removeprefix('share_')
+    for ax, (name, lines) in zip(axes, panels.items(), strict=False):
+        for label, points in lines.items():
             ax.plot([x for x, _ in points], [y for _, y in points], lw=1.3, label=label,
                     marker='.' if len(points) < 50 else '')
         for edge in (warmup_epochs, no_aug_start):
             ax.axvline(edge, color='0.7', lw=1, ls=':', zorder=0)
         ax.set(title=name, xlabel='epoch')
         ax.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(lines) > 1:
             ax.legend(fontsize=9)
     if title:
         figure.suptitle(title)
@@ -219,6 +227,97 @@ def draw_attention_cost(rows, path, title=''):
     ax.grid(alpha=0.3, which='both')
     ax.legend(ncols=max(len(levels), 1))
     figure.savefig(path, dpi=100)
+
+
+# --- svg, for report.py ----------------------------------------------------------------------------------------------
+
+ALL = 'all classes'                              # the bold line of a chart
+
+
+def nice_ticks(low, high):
+    """Three to six round numbers from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    step *= next(f for f in (1, 2, 5, 10) if (high - low) / (step * f) <= 5)
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def svg_chart(title, lines, x_label, x_range=None, y_range=None, marks=()):
+    """
+    A line chart as svg. lines: {label: [(x, y)]}, up to eight with colours and a legend, more in grey; the line named
+    ALL is bold. marks: [(x, y, text)], points to point out.
+    """
+    lines = {label: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+             for label, points in lines.items()}
+    xs, ys = zip(*[point for points in lines.values() for point in points], strict=True) if any(lines.values()) else (
+        (0.0,), (0.0,))
+    (x0, x1), (y0, y1) = x_range or (min(xs), max(xs)), y_range or (min(0.0, *ys), max(ys))
+    x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0)
+    W, H, left, right, top, bottom = 360, 220, 44, 10, 10, 34
+
+    def at(x, y):
+        return left + (x - x0) / (x1 - x0) * (W - left - right), H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom)
+
+    svg = []
+    for t in nice_ticks(y0, y1):
+        y = at(x0, t)[1]
+        svg.append(f'<path d="M{left} {y:.1f}H{W - right}" stroke="var(--line)"/>'
+                   f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{t:g}</text>')
+    svg += [f'<text x="{at(t, y0)[0]:.1f}" y="{H - bottom + 15}" text-anchor="middle">{t:g}</text>'
+            for t in nice_ticks(x0, x1)]
+    svg.append(f'<text x="{(W + left) / 2}" y="{H - 4}" text-anchor="middle">{esc(x_label)}</text>')
+    few = len(lines) <= 8 + (ALL in lines)
+    colours = {label: 'var(--ink)' if label == ALL else f'var(--c{i})' if few else 'var(--line)'
+               for i, label in enumerate(lines)}
+    for label, points in lines.items():
+        path = ' '.join(f'{x:.1f},{y:.1f}' for x, y in (at(*point) for point in points))
+        svg.append(f'<polyline points="{path}" stroke="{colours[label]}" stroke-width="{2.6 if label == ALL else 1.6}">'
+                   f'<title>{esc(label)}</title></polyline>')
+        if len(points) == 1:                                         # a line of one point is not seen
+            x, y = at(*points[0])
+            svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colours[label]}"/>')
+    for x, y, text in marks:
+        px, py = at(x, y)
+        anchor, shift = ('end', -6) if px > W / 2 else ('start', 6)
+        svg.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="var(--ink)"/><text class="point" '
+                   f'x="{px + shift:.1f}" y="{min(py + 18, H - bottom - 6):.1f}" text-anchor="{anchor}">'
+                   f'{esc(text)}</text>')
+    legend = ''.join(f'<span><i style="background:{colours[label]}"></i>{esc(label)}</span>'
+                     for label in lines if few or label == ALL)
+    alt = f'{title}: {", ".join(list(lines)[:8])} over {x_label}'
+    return (f'<figure><h3>{esc(title)}</h3><svg class="chart" viewBox="0 0 {W} {H}" role="img" aria-label="{esc(alt)}">'
+            f'{"".join(svg)}</svg><div class="legend">{legend}</div></figure>')
+
+
+def data_uri(image, kind='JPEG'):
+    stream = io.BytesIO()
+    image.save(stream, kind, **dict(quality=76) if kind == 'JPEG' else {})
+    return f'data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}'
+
+
+def svg_picture(content, size, boxes, alt, words=12):
+    """
+    An svg of `size` (w, h): content, svg already, under boxes [(x1, y1, x2, y2, class of css, text)]. The first `words`
+    false and missed ones have their text written beside them, all show it under the mouse.
+    """
+    (w, h), svg, written = size, [content], []
+    font = max(w, h) / 27
+    for x1, y1, x2, y2, kind, text in boxes:
+        svg.append(f'<rect class="mark {kind}" x="{x1:.1f}" y="{y1:.1f}" width="{max(x2 - x1, 1):.1f}" '
+                   f'height="{max(y2 - y1, 1):.1f}"><title>{esc(text)}</title></rect>')
+        if kind in ('false', 'missed') and len(written) < words:
+            x, anchor = (min(x2, w), 'end') if x1 > 0.7 * w else (max(x1, 0), 'start')
+            y = y1 - font * 0.25 if y1 > 1.25 * font else y1 + font
+            written.append(f'<text class="word {kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" '
+                           f'font-size="{font:.1f}" stroke-width="{font / 5:.1f}">{esc(text)}</text>')
+    return f'<svg viewBox="0 0 {w:.0f} {h:.0f}" role="img" aria-label="{esc(alt)}">{"".join(svg + written)}</svg>'
+
+
+def svg_cells(strength, colour, size):
+    """strength (h, w) in 0..1 as an svg image of one colour, stretched over `size` (w, h)."""
+    pixels = np.zeros((*strength.shape, 4), np.uint8)
+    pixels[..., :3], pixels[..., 3] = colour, np.round(255 * strength)
+    return (f'<image width="{size[0]:.1f}" height="{size[1]:.1f}" preserveAspectRatio="none" '
+            f'style="image-rendering:pixelated" href="{data_uri(Image.fromarray(pixels), "PNG")}"/>')
 
 
 # --- the README's drawings: 10 inches wide, 1,600 px, legible at 800 -------------------------------------------------

@@ -27,6 +27,14 @@ What is left is 2 N c^2 (+ 2 c^3 in training, for the product of the weights) + 
 floor: the definition gives every token, selected or not, its own out(v). What that map alone is worth is the question
 a critic must ask, and select='none' (the letter D in the model's `attn` string) is the control that answers it.
 
+The selected tokens may attend to T tokens from elsewhere too (memory: another level, earlier frames, see HSVDET). This
+adds 4 T c^2 + 4 k T c: at P4 of 1080p, scale l, 25 % of the block for T = 512 and 6 % for T = 128 (with the map between
+the levels: python model.py --memory=scale, and --k=0,512,128), of the network 0.16 % and 0.04 %.
+
+k is a count, and a picture of two objects fills it as one of two hundred does. keep='mass:0.5' keeps of the k only the
+tokens that hold half of the importance. The rest is masked, so shapes and FLOPs stay those of k; what changes is who
+attends to whom.
+
 Top-k passes no gradient to the importance. So squared-norm selection does not learn *what to select*: the features
 merely drift, by what attention among the chosen tokens turned out to be good for. select='learned' gives a gradient
 path: a score s = w x + b picks the tokens and sigmoid(s) scales what attention changed in them. Norm and squared norm
@@ -71,21 +79,22 @@ def project(tokens, conv):
     return F.linear(tokens, conv.weight.flatten(1).to(tokens.dtype))
 
 
-def stable_topk(importance, k):
+def stable_topk(importance, k, sorted=False):
     """
-    Indices (B, k) of the k largest of importance (B, N) float32; of equals the one with the lower index wins.
+    Indices (B, k) of the k largest of importance (B, N) float32; of equals the one with the lower index wins. sorted:
+    the largest first.
 
     torch.topk leaves open which of two equal values it returns. A float's bits, read as an integer, order like the
     float itself (for negative ones after flipping the rest of the bits), so bits and position together make one
     integer key without ties.
     """
     if torch.compiler.is_exporting():
-        return importance.topk(k, dim=1, sorted=False).indices                        # ONNX defines ties just so
+        return importance.topk(k, dim=1, sorted=sorted).indices                       # ONNX defines ties just so
     B, N = importance.shape
     bits = importance.contiguous().view(torch.int32)
     bits = torch.where(bits < 0, bits ^ 0x7fffffff, bits).long()
     key = (bits << 32) + torch.arange(N - 1, -1, -1, device=importance.device)
-    return key.topk(k, dim=1, sorted=False).indices
+    return key.topk(k, dim=1, sorted=sorted).indices
 
 
 class SparseGlobalBlock(nn.Module):
@@ -97,13 +106,19 @@ class SparseGlobalBlock(nn.Module):
     select  'l2sq' | 'l2' | 'random' | 'learned' | 'none' (nobody attends: the dense path alone)
     heads   attention heads; the design has one
     pos     add sine-cosine positions to what q and k see; the design has none, the grid and the CNN carry position
+    keep    '': all k attend | 'mass:0.5': of the k only as many, the most important first, as hold half of the
+            importance of the whole map (all k, if they do not reach it); the rest is treated as not selected. Each
+            image for itself, by a mask: shapes and cost stay those of k. The importance is |x|^2 ('l2sq'), |x| ('l2')
+            or sigmoid(s) ('learned'), so that here l2 and l2sq are two methods
     """
 
-    def __init__(self, c, k=512, select='l2sq', heads=1, pos=False):
+    def __init__(self, c, k=512, select='l2sq', heads=1, pos=False, keep=''):
         super().__init__()
         assert select in ('l2sq', 'l2', 'random', 'learned', 'none'), f'unknown selection {select!r}'
         assert c % heads == 0, f'{c} channels do not divide into {heads} heads'
         self.k, self.select, self.heads, self.pos = k, select, heads, pos
+        self.mass = float(keep.removeprefix('mass:')) if keep.startswith('mass:') else 0.0
+        assert not self.mass or select in ('l2sq', 'l2', 'learned'), f'no importance to share out in select={select!r}'
         if select != 'none':
             self.q_proj = nn.Conv2d(c, c, 1, bias=False)
             self.k_proj = nn.Conv2d(c, c, 1, bias=False)
@@ -122,32 +137,57 @@ class SparseGlobalBlock(nn.Module):
             return N
         return torch.sym_max(1, round(self.k * N)) if self.k < 1 else torch.sym_min(self.k, N)
 
-    def select_tokens(self, x):
+    def importance(self, x):
         """
-        x (B, C, H, W) -> selected (B, k) row-major cell indices, and the learned scores of those cells (B, k) or None.
+        x (B, C, H, W) -> (B, N): random numbers, the learned scores with their gradient, or norms.
 
         In float32 at least: a sum of 512 squares leaves fp16's range (65,504) as soon as activations reach 11.4.
         """
         B, C, H, W = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
-        k = self.num_selected(H * W)
         if self.select == 'random':                                                # afresh at every training step, but
             g = None if self.training else torch.Generator().manual_seed(0)          # an evaluation must repeat itself
-            return stable_topk(torch.rand(B, H * W, generator=g).to(x.device), k), None
+            return torch.rand(B, H * W, generator=g).to(x.device)
         if self.select == 'learned':
             rows = x.flatten(2).transpose(1, 2).to(wide)                              # (B, N, C)
-            s = F.linear(rows, self.score.weight.to(wide), self.score.bias.to(wide))[..., 0]  # (B, N)
-            selected = stable_topk(s.detach().float(), k)
-            return selected, s.gather(1, selected)
-        norm = torch.linalg.vector_norm(x.detach().flatten(2), dim=1, dtype=wide)     # (B, N) without a map of squares
-        return stable_topk((norm if self.select == 'l2' else norm.square()).float(), k), None
+            return F.linear(rows, self.score.weight.to(wide), self.score.bias.to(wide))[..., 0]
+        norm = torch.linalg.vector_norm(x.detach().flatten(2), dim=1, dtype=wide)     # without a map of squares
+        return norm if self.select == 'l2' else norm.square()
+
+    def select_tokens(self, x, count=None):
+        """
+        x (B, C, H, W) -> selected (B, k) row-major cell indices; the learned scores of those cells (B, k) or None; and
+        which of them are kept, (B, k) bool, or None for all. count (B,): how many to keep, where somebody else decides
+        it; else `keep` does. The kept ones come first, by falling importance.
+        """
+        importance, k = self.importance(x), self.num_selected(x.shape[2] * x.shape[3])
+        adaptive = count is not None or self.mass > 0
+        selected = stable_topk(importance.detach().float(), k, sorted=adaptive)       # (B, k)
+        s = importance.gather(1, selected) if self.select == 'learned' else None      # (B, k)
+        if not adaptive:
+            return selected, s, None
+        if count is not None:
+            return selected, s, torch.arange(k, device=x.device) < count[:, None]
+        mass = importance.detach().sigmoid() if self.select == 'learned' else importance
+        share = mass.gather(1, selected).cumsum(1) / mass.sum(1, keepdim=True)        # (B, k) held up to and with each
+        return selected, s, F.pad(share, (1, -1)) < self.mass                         # those before it are not enough
 
     # --- 2, 3: the definition ----------------------------------------------------------------------------------------
 
-    def weights(self, q, k):
-        """q, k (B, n, C) -> attention A (B, heads, n, n), every row summing to 1."""
-        q, k = self.split(self.norm_as(q)), self.split(self.norm_as(k))               # (B, heads, n, hs)
-        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)
+    @staticmethod
+    def key_mask(k, T, kept, seen):
+        """Which of k selected tokens and T of memory may be attended to: (B, 1, 1, k + T) bool; None: all."""
+        if kept is None and seen is None:
+            return None
+        there = kept if seen is None else seen
+        parts = [part if part is not None else there.new_ones(there.shape[0], n) for part, n in ((kept, k), (seen, T))]
+        return torch.cat(parts, 1)[:, None, None]
+
+    def weights(self, q, k, mask=None):
+        """q (B, n, C), k (B, m, C) -> attention A (B, heads, n, m), every row summing to 1; mask: see key_mask."""
+        q, k = self.split(self.norm_as(q)), self.split(self.norm_as(k))               # (B, heads, n or m, hs)
+        logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        return (logits if mask is None else logits.masked_fill(~mask, -math.inf)).softmax(-1)
 
     def norm_as(self, t):
         return F.layer_norm(t, t.shape[-1:], self.norm.weight.to(t.dtype), self.norm.bias.to(t.dtype), self.norm.eps)
@@ -156,15 +196,15 @@ class SparseGlobalBlock(nn.Module):
         """(B, n, C) -> (B, heads, n, C / heads)"""
         return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-    def forward_reference(self, x, memory=None):
-        """The definition, as slow as it reads: four dense maps, then gather, attend, scatter."""
+    def forward_reference(self, x, memory=None, seen=None, chosen=None):
+        """The definition, as slow as it reads: four dense maps, then gather, attend, scatter. Arguments: forward's."""
         B, C, H, W = x.shape
         placed = x + sincos_2d(H, W, C, x.device).to(x.dtype).T.view(C, H, W) if self.pos else x
         v = self.v_proj(x).flatten(2).transpose(1, 2)                                 # (B, N, C)
         if self.select != 'none':
             q = self.q_proj(placed).flatten(2).transpose(1, 2)                        # (B, N, C)
             k = self.k_proj(placed).flatten(2).transpose(1, 2)                        # (B, N, C)
-            selected, s = self.select_tokens(x)                                       # (B, k)
+            selected, s, kept = self.select_tokens(x) if chosen is None else chosen   # (B, k) each
             rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
             wide = torch.promote_types(x.dtype, torch.float32)
             with autocast_off(x):
@@ -173,9 +213,12 @@ class SparseGlobalBlock(nn.Module):
                 if memory is not None:                                                # (B, k + T, C) from here on
                     k = torch.cat((k, project(memory.to(wide), self.k_proj)), 1)
                     v_all = torch.cat((v_sel, project(memory.to(wide), self.v_proj)), 1)
-                attended = (self.weights(q, k) @ self.split(v_all)).transpose(1, 2).flatten(2)  # (B, k, C)
+                mask = self.key_mask(q.shape[1], k.shape[1] - q.shape[1], kept, seen)
+                attended = (self.weights(q, k, mask) @ self.split(v_all)).transpose(1, 2).flatten(2)  # (B, k, C)
                 if s is not None:
                     attended = v_sel + s.sigmoid()[..., None] * (attended - v_sel)
+                if kept is not None:
+                    attended = torch.where(kept[..., None], attended, v_sel)
             v = v.scatter(1, rows, attended.to(v.dtype))
         return self.out_proj(v.transpose(1, 2).reshape(B, C, H, W))
 
@@ -200,7 +243,11 @@ class SparseGlobalBlock(nn.Module):
         del self.v_proj, self.out_proj
         return self
 
-    def forward(self, x, memory=None):
+    def forward(self, x, memory=None, seen=None, chosen=None):
+        """
+        x (B, C, H, W) -> (B, C, H, W). memory (B, T, C): tokens from elsewhere that the selected ones attend to as
+        well; seen (B, T) bool: which of them count (None: all). chosen: the answer of select_tokens, if it is there.
+        """
         B, C, H, W = x.shape
         weight = self.dense_weight()
         y = F.conv2d(x, weight)                                                       # (B, C, H, W): out(v) everywhere
@@ -211,11 +258,11 @@ class SparseGlobalBlock(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         # nothing to gather when all attend; where N is a symbol only k = 0 says so, for every N
         takes_all = self.k == 0 or type(H * W) is int and self.num_selected(H * W) == H * W
-        all_selected = takes_all and self.select != 'learned'
+        all_selected = takes_all and self.select != 'learned' and not self.mass and chosen is None
         if all_selected:
-            t, u, s = x_rows, y_rows, None
+            t, u, s, kept = x_rows, y_rows, None, None
         else:
-            selected, s = self.select_tokens(x)                                       # (B, k)
+            selected, s, kept = self.select_tokens(x) if chosen is None else chosen   # (B, k) each
             rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
             t, u = x_rows.gather(1, rows), y_rows.gather(1, rows)                     # (B, k, C)
         with autocast_off(x):
@@ -229,17 +276,20 @@ class SparseGlobalBlock(nn.Module):
                 memory = memory.to(wide)
                 tokens, placed_all = torch.cat((t, memory), 1), torch.cat((placed, memory), 1)
                 u_all = torch.cat((u, F.linear(memory, weight.flatten(1).to(wide))), 1)
+            mask = self.key_mask(t.shape[1], tokens.shape[1] - t.shape[1], kept, seen)
             q = self.split(self.norm_as(project(placed, self.q_proj)))                # (B, heads, k, hs)
             k = self.split(self.norm_as(project(placed_all, self.k_proj)))            # (B, heads, k + T, hs)
             if self.heads == 1:
-                attended = F.scaled_dot_product_attention(q, k, u_all[:, None])[:, 0]  # (B, k, C): A (out v)
+                attended = F.scaled_dot_product_attention(q, k, u_all[:, None], mask)[:, 0]  # (B, k, C): A (out v)
             else:                          # each head has an A of its own, so `out` comes after them, on k tokens only
                 assert self.merged is None, 'merge_projections() drops v and out, which several heads need apart'
                 v = self.split(project(tokens, self.v_proj))
-                attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+                attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
                 attended = F.linear(attended, self.head_mix().to(wide))
             if s is not None:
                 attended = u + s.sigmoid()[..., None] * (attended - u)
+            if kept is not None:
+                attended = torch.where(kept[..., None], attended, u)
         if all_selected:
             return attended.to(y.dtype).transpose(1, 2).reshape(B, C, H, W)
         if not torch.is_grad_enabled():                                         # in place: saves a copy of N C numbers
@@ -252,15 +302,22 @@ class SparseGlobalBlock(nn.Module):
         """The (C, C) weight that follows the heads."""
         return self.out_proj.weight.flatten(1)
 
-    def attention(self, x):
-        """For looking at: selected (B, k) row-major cell indices and the weights (B, heads, k, k) among them."""
+    def attention(self, x, memory=None, seen=None, chosen=None):
+        """
+        For looking at, with forward's arguments: selected (B, k) row-major cell indices and the weights
+        (B, heads, k, k) among them. A row sums to 1, or to less by what goes to memory; rows and columns of tokens that
+        are not kept are 0.
+        """
         B, C, H, W = x.shape
-        selected = self.select_tokens(x)[0]
+        selected, _, kept = self.select_tokens(x) if chosen is None else chosen
         placed = x.flatten(2).transpose(1, 2).float()                                 # (B, N, C)
         if self.pos:
             placed = placed + sincos_2d(H, W, C, x.device)
-        t = placed.gather(1, selected[..., None].expand(-1, -1, C))
-        return selected, self.weights(project(t, self.q_proj), project(t, self.k_proj))
+        t = placed.gather(1, selected[..., None].expand(-1, -1, C))                   # (B, k, C)
+        keys = t if memory is None else torch.cat((t, memory.float()), 1)             # (B, k + T, C)
+        mask = self.key_mask(t.shape[1], keys.shape[1] - t.shape[1], kept, seen)
+        weights = self.weights(project(t, self.q_proj), project(keys, self.k_proj), mask)[..., :t.shape[1]]
+        return selected, weights if kept is None else weights * kept[:, None, :, None]
 
 
 class SparseGlobalBlockGated(SparseGlobalBlock):
@@ -273,13 +330,13 @@ class SparseGlobalBlockGated(SparseGlobalBlock):
     do. Weight decay must leave the gate alone, or it pulls the block shut: see HSVDET.param_groups.
     """
 
-    def __init__(self, c, k=512, select='l2sq', heads=1, pos=False, gate='learned'):
-        super().__init__(c, k, select, heads, pos)
+    def __init__(self, c, k=512, select='l2sq', heads=1, pos=False, gate='learned', keep=''):
+        super().__init__(c, k, select, heads, pos, keep)
         start = {'learned': 0.0, 'fixed': 0.5, 'none': 1.0}[gate]
         self.gate = nn.Parameter(torch.tensor(start), requires_grad=gate == 'learned')
 
-    def forward_reference(self, x, memory=None):
-        return x + self.gate * super().forward_reference(x, memory)
+    def forward_reference(self, x, *elsewhere):
+        return x + self.gate * super().forward_reference(x, *elsewhere)
 
     def dense_weight(self):
         """gate W_out W_v. On the weight a gate costs c^2 products and its gradient is a float32 sum over c^2; on the
@@ -289,8 +346,8 @@ class SparseGlobalBlockGated(SparseGlobalBlock):
     def head_mix(self):
         return self.gate * super().head_mix()
 
-    def forward(self, x, memory=None):
-        y = super().forward(x, memory)
+    def forward(self, x, *elsewhere):
+        y = super().forward(x, *elsewhere)
         if torch.is_grad_enabled() or y.dtype != x.dtype:
             return x + y
         return y.add_(x)                                                         # fresh memory costs more than the sum

@@ -10,7 +10,8 @@ Train a detector.
     ... --show_batch=True                                             draw the first batch to out_dir/batch.png, stop
 
 out_dir receives ckpt.pt (everything needed to go on; ckpt_prev.pt is the one before), best.pt (EMA weights of the best
-evaluation), log.csv, curves.png and val_*.jpg. What a new run finds there of an older one it moves to earlier_1, ...
+evaluation), log.csv, curves.png, val_*.jpg and report.html, a page with all of it. What a new run finds there of an
+older one it moves to earlier_1, ...
 
 One step is one *effective* batch: batch_size images, over all ranks and `grad_accum` micro-batches. A loss is divided
 by the normalizer of the whole effective batch, so neither ranks nor accumulation change its gradient. (BatchNorm stands
@@ -50,6 +51,7 @@ from eval import evaluate
 from model import HSVDET, HSVDETConfig
 from optimizers import KINDS, make_optimizers
 from plots import draw_boxes, draw_curves, image_grid, save_image
+from report import write_report
 
 # --- settings: value, then unit, range or reason. config/*.py and --key=value override them. Those of the augmentation
 # and of the network are the fields of data.Augment, model.HSVDETConfig and baselines.detr.DETRConfig ------------------
@@ -61,7 +63,7 @@ train_data = 'data/shapes/train.json'
 train_images = ''                                                      # folder of the images, '' looks beside the json
 val_data = 'data/shapes/val.json'
 val_images = ''
-make_data = ''                           # 'shapes' or 'long_range': make this synthetic set if train_data is not there
+make_data = ''                      # shapes, long_range or clips: make this synthetic set if train_data is not there
 imgsz: int | tuple = 640                                                      # pixels, multiples of 32; int, or (H, W)
 multi_scale = 0.0                                                # 0.5: batches are resized by a random factor 0.5..1.5
 workers = -1                     # loader processes; -1: none on a CPU (they would compete for its cores), else up to 8
@@ -77,11 +79,11 @@ batch_size = 16                                                       # images a
 grad_accum = 1                                                   # micro-batches a step: less memory, the same gradient
 lr = 1e-3
 lr_final = 1e-5
-optimizer = 'adamw'                                  # adamw; sgd; muon: matrices and kernels by Muon, vectors by AdamW
+optimizer = 'adamw'        # adamw sgd muon lamb soap lion; the last four move matrices and kernels, AdamW then the rest
 optimizer_backbone, optimizer_neck, optimizer_block, optimizer_head = '', '', '', ''  # '': as `optimizer`
 lr_backbone, lr_neck, lr_block, lr_head = 1.0, 1.0, 1.0, 1.0                          # factors on lr
-momentum = 0.9                                                   # sgd's and muon's momentum (nesterov), beta1 of adamw
-beta2 = 0.999
+momentum = 0.9                                            # sgd's and muon's momentum (nesterov), beta1 of all others
+beta2 = 0.999                                                                         # of adamw
 weight_decay = 0.05                                                                   # not on biases, norms and gates
 grad_clip = 10.0                                      # gradient norm, of a loss counted per image (sum over the batch)
 ema_decay = 0.9999                                                                    # times 1 - exp(-step / ema_tau)
@@ -102,6 +104,7 @@ eval_interval: int | float = 1                                                  
 save_interval = 0                                             # steps between checkpoints, besides those at evaluations
 skip_nonfinite = 0                     # how many steps with a non-finite loss or gradient to leave out before stopping
 num_pictures = 4                                                                      # val_*.jpg
+report = True                                                   # report.html at the end, from one more evaluation
 show_batch = False                                                 # draw the first batch to out_dir/batch.png and stop
 
 config = configure(globals(), Augment, HSVDETConfig, DETRConfig)
@@ -175,8 +178,8 @@ for wrong, message in (
           ('optimizer_backbone', 'optimizer_neck', 'optimizer_block', 'optimizer_head')),
         (freeze not in ('', 'backbone'), f"--freeze={freeze}: must be 'backbone' or nothing"),
         (arch not in ('hsvdet', 'rtdetr'), f'--arch={arch}: must be hsvdet or rtdetr'),
-        (make_data not in ('', 'shapes', 'long_range'),
-         f"--make_data={make_data}: must be 'shapes', 'long_range' or nothing")):
+        (make_data not in ('', 'shapes', 'long_range', 'clips'),
+         f'--make_data={make_data}: must be shapes, long_range, clips or nothing')):
     if wrong:
         raise InputError(message)
 # the one place that knows architectures
@@ -205,16 +208,17 @@ torch.manual_seed(seed)
 # --- setup: data ----------------------------------------------------------------------------------------------------
 made = tuple(os.path.join(os.path.dirname(train_data), name) for name in ('train.json', 'val.json'))
 if make_data and is_main_process and not os.path.exists(train_data) and (train_data, val_data) == made:
-    if make_data == 'shapes':                                                         # never into somebody's own set
-        from prepare.shapes import make_shapes as make
-    else:
-        from prepare.long_range import make_long_range as make
+    # never into somebody's own set
+    from prepare import clips, long_range, shapes
+
+    make = dict(shapes=shapes.make_shapes, long_range=long_range.make_long_range, clips=clips.make_clips)[make_data]
     make(os.path.dirname(train_data))
 if ddp:
     dist.barrier()
+earlier = config['frames'] if arch == 'hsvdet' and 'time' in config['memory'] else 0   # frames that come with an image
 train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cache_mb,
-                             no_aug_epoch=epochs - no_aug_epochs)
-val_set = DetectionDataset(val_data, val_images, imgsz, names=train_set.names)    # classes in the training set's order
+                             no_aug_epoch=epochs - no_aug_epochs, frames=earlier)
+val_set = DetectionDataset(val_data, val_images, imgsz, names=train_set.names, frames=earlier)  # classes in that order
 objects = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.names))
 n_images, micro = len(train_set), batch_size // (grad_accum * world_size)
 total_steps = max(1, round(epochs * n_images / batch_size))
@@ -270,7 +274,8 @@ def make_loader(first):
 
 if show_batch:
     samples = [train_set[key] for key in next(iter(Batches(0)))]
-    page = image_grid([(s['image'], s['boxes'], s['labels']) for s in samples], train_set.names)
+    page = image_grid([(s['image'][-1] if earlier else s['image'], s['boxes'], s['labels']) for s in samples],
+                      train_set.names)
     save_image(page, os.path.join(out_dir, 'batch.png'))
     raise SystemExit
 
@@ -283,6 +288,10 @@ def load_resume():
             saved = read_checkpoint(path)
             if 'optimizers' not in saved:
                 raise InputError(f'{path} holds weights only: start from it with --init_from={path}')
+            kinds = dict(model=dict, ema=dict, optimizers=list, scaler=dict, config=dict, running=dict, step=int,
+                         count=int, best=float)
+            if wrong := [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]:
+                raise InputError(f'{path} is damaged: {wrong[0]} is missing or of another kind')
         except InputError as e:
             damaged = damaged or str(e)
             continue
@@ -309,7 +318,7 @@ def restore(saved):
                 group.update(settings)
         if saved['scaler']:                                                           # empty unless the run was fp16
             scaler.load_state_dict(saved['scaler'])
-    except (RuntimeError, ValueError) as e:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as e:
         why = ' '.join(str(e).split())[:150]
         raise InputError(f'the checkpoint in {out_dir} holds another network or optimizer ({why}): '
                          'resume with the settings of the run') from None
@@ -344,13 +353,12 @@ if resume:
     restore(resume)
     step, best, running, count = resume['step'], resume['best'], resume['running'], resume['count']
 batches = iter(make_loader(step))
-if resume:
-    torch.set_rng_state(resume['rng'])                                    # random selection and denoising draw from it
 if compile:                                                             # assignment and losses change shape every time
     model.forward_features = torch.compile(model.forward_features)
 net = model
-if ddp:
-    net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if device_type == 'cuda' else None)
+if ddp:                            # only rank 0's BatchNorm statistics are ever used: see evaluate_and_log and restore
+    net = torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
 amp = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 print0(f'{arch} {asdict(model.cfg)}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; '
        f'{imgsz[0]}x{imgsz[1]}, batch {batch_size} = {world_size} ranks x {grad_accum} micro-batches x {micro}; '
@@ -361,8 +369,9 @@ log_path = os.path.join(out_dir, 'log.csv')
 parts = list(loss_params)
 loss_columns = {part: [name if part == parts[0] else f'{part}_{name}' for name in model.LOSSES] for part in parts}
 columns = ['step', 'epoch', 'lr', *sum(loss_columns.values(), []), 'objects', 'grad_norm',
-           *(f'{what}_{level}' for what in ('gate', 'share') for level in model.blocks()), 'AP', 'AP50', 'AP75']
-FILES = r'(ckpt|ckpt_prev|best)\.pt|log\.csv|curves\.png|batch\.png|val_\d+\.jpg'
+           *(f'{what}_{level}' for what in ('gate', 'share', *['kept'] * bool(config['keep']))
+             for level in model.blocks()), 'AP', 'AP50', 'AP75']
+FILES = r'(ckpt|ckpt_prev|best)\.pt|log\.csv|curves\.png|batch\.png|val_\d+\.jpg|report\.html'
 
 
 def move_earlier_run():
@@ -378,12 +387,21 @@ def move_earlier_run():
     print0(f'{out_dir} held a run already: moved to {earlier}')
 
 
+def is_whole(row):
+    """Has this row of log.csv all its cells, a number or nothing in each?"""
+    try:
+        int(row['step']), float(row['epoch'])
+        return None not in row and None not in [float(cell) if cell else cell for cell in row.values()]
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def open_log():
     """log.csv, cut back to the step that the run goes on from. It holds no clock: a resumed run's log is the same."""
     rows = []
     if resume and os.path.exists(log_path):
-        with open(log_path, newline='') as f:
-            rows = [row for row in csv.DictReader(f) if int(row['step']) <= step]
+        with open(log_path, newline='', errors='replace') as f:      # the last row may have broken off
+            rows = [row for row in csv.DictReader(f) if is_whole(row) and int(row['step']) <= step]
     with open(log_path + '.part', 'w', newline='') as f:
         writer = csv.DictWriter(f, columns, restval='', extrasaction='ignore')
         writer.writeheader()
@@ -415,7 +433,7 @@ def save_checkpoint():
     if is_main_process:
         warning = write_checkpoint(os.path.join(out_dir, 'ckpt.pt'), dict(
             model.checkpoint(), ema=ema.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-            scaler=scaler.state_dict(), step=step, best=best, running=running, count=count, rng=torch.get_rng_state(),
+            scaler=scaler.state_dict(), step=step, best=best, running=running, count=count,
             config=config, commit=commit, seed=seed), keep_previous=True)
         if warning:
             print0(f'warning: {warning}')
@@ -447,24 +465,17 @@ def lr_at(epoch):
 
 
 def to_device(batch):
-    """A batch of the loader -> images (b, 3, H, W) in 0..1, targets; resized by a random factor under multi_scale."""
-    images = batch['images'].to(device, non_blocking=True).to(memory_format=torch.channels_last).float() / 255
+    """A batch of the loader -> images (b, 3, H, W) in 0..1 or clips (b, F, 3, H, W), and targets; see multi_scale."""
+    images = batch['images'].to(device, non_blocking=True)
+    images = (images if earlier else images.to(memory_format=torch.channels_last)).float() / 255
     targets = {name: batch[name].to(device, non_blocking=True) for name in ('labels', 'boxes')}
     if multi_scale:
         factor = random.Random(seed * 1_000_003 + step).uniform(1 - multi_scale, 1 + multi_scale)
         H, W = (max(32, round(s * factor / 32) * 32) for s in imgsz)
-        targets['boxes'] = targets['boxes'] * targets['boxes'].new_tensor([W / imgsz[1], H / imgsz[0]] * 2)
-        images = F.interpolate(images, (H, W), mode='bilinear')
+        factors = torch.tensor([W / imgsz[1], H / imgsz[0]] * 2).to(device, non_blocking=True)
+        targets['boxes'] = targets['boxes'] * factors
+        images = F.interpolate(images.flatten(0, -4), (H, W), mode='bilinear').unflatten(0, images.shape[:-3])
     return images, targets
-
-
-def sum_over_ranks(sums):
-    """{name: scalar tensor} -> {name: float}, added up over ranks; and whether any rank was asked to stop."""
-    packed = torch.stack([*sums.values(), torch.tensor(float(len(stop_signals)), dtype=torch.float64, device=device)])
-    if ddp:
-        dist.all_reduce(packed)
-    *values, stops = packed.tolist()                                                  # the step's one wait for a GPU
-    return dict(zip(sums, values, strict=True)), stops > 0
 
 
 def skip_step(reason, batch, losses, buffers):
@@ -484,12 +495,17 @@ def skip_step(reason, batch, losses, buffers):
 
 @torch.no_grad()
 def block_columns(images):
-    """What the attention blocks do: gate, and share = |block(x) - x| / |x| of the EMA model on these images."""
+    """
+    What the attention blocks do: gate; share = |block(x) - x| / |x| of the EMA model on these images; and, under
+    `keep`, kept, the mean number of tokens that an image keeps.
+    """
     found = {f'gate_{level}': block.gate.item() for level, block in model.blocks().items()}
 
     def measure(block, inputs, output, level):
         x = inputs[0]
         found[f'share_{level}'] = ((output - x).float().norm() / x.float().norm().clamp(min=1e-12)).item()
+        if config['keep'] and len(inputs) == 4 and inputs[3][2] is not None:          # inputs: see model.HSVDET.attend
+            found[f'kept_{level}'] = inputs[3][2].sum(1).float().mean().item()
 
     hooks = [block.register_forward_hook(lambda *a, level=level: measure(*a, level))
              for level, block in ema.blocks().items()]
@@ -505,6 +521,7 @@ def draw_pictures():
     for i in range(min(num_pictures, len(val_set))):
         image = val_set[0, i]['image']                                                # (3, H, W) uint8
         found = ema.detect(image[None].to(device).float() / 255)[0].cpu()
+        image = image[-1] if earlier else image                                       # the last frame of a clip
         zoom = max(1, 480 // max(image.shape))                                        # words need room
         picture = to_image(image).resize((image.shape[2] * zoom, image.shape[1] * zoom))
         picture = draw_boxes(picture, found[:, :4].numpy() * zoom, found[:, 5].long().numpy(), val_set.names,
@@ -514,7 +531,7 @@ def draw_pictures():
 
 def evaluate_and_log(row):
     """Evaluate the EMA weights, log, save (best.pt, ckpt.pt), draw, print."""
-    global best
+    global best, evaluating, shown
     t = time.time()
     if ddp:                                                                      # each rank saw other images: rank 0's
         for buffer in ema.buffers():                                                  # BatchNorm is the model's
@@ -528,7 +545,8 @@ def evaluate_and_log(row):
              **{name: stats[name] for name in ('AP', 'AP50', 'AP75')}})
     if improved:
         warning = write_checkpoint(os.path.join(out_dir, 'best.pt'),
-                                   ema.checkpoint(AP=best, step=step, config=config, commit=commit))
+                                   ema.checkpoint(AP=best, best_f1=stats['best_f1'], step=step, config=config,
+                                                  commit=commit))
         if warning:
             print0(f'warning: {warning}')
     save_checkpoint()
@@ -539,7 +557,9 @@ def evaluate_and_log(row):
         print0(f'warning: no pictures this time ({e.strerror})')
     print0(f'epoch {row["epoch"]:.2f} | AP {stats["AP"]:.4f} AP50 {stats["AP50"]:.4f} AP75 {stats["AP75"]:.4f} | '
            f'best {best:.4f}' + ''.join(f' | {name} {value:+.3f}' for name, value in blocks.items())
-           + f' | {time.time() - t:.1f} s | {(time.time() - started) / 60:.1f} min so far')
+           + f' | {time.time() - t:.1f} s evaluating | {(t - started - evaluating) / 60:.2f} min of training '
+           + (f'since step {first_step}' if first_step else 'so far'))
+    evaluating, shown = evaluating + time.time() - t, shown + time.time() - t
     if row['epoch'] > warmup_epochs + 3 and best < 0.002:
         print0('warning: AP is still near zero: look at --show_batch=True, and at the class ids of both files')
 
@@ -565,7 +585,7 @@ norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm.
 for module in frozen + (norms if freeze_bn else []):
     module.eval()
 last = min(total_steps, max_steps) if max_steps else total_steps
-first_step, shown_step, skipped, waited, warned = step, step, 0, 0.0, False
+first_step, shown_step, skipped, waited, evaluating, warned = step, step, 0, 0.0, 0.0, False
 started = shown = time.time()
 if step == 0 and init_from != 'scratch':                                      # what the weights are worth as they come
     evaluate_and_log(dict(step=0, epoch=0.0, lr=0.0))
@@ -576,7 +596,9 @@ while step < last:
         for group in o.param_groups:
             group['lr'] = group['factor'] * now_lr
 
-    # 2) forward and backward, micro-batch by micro-batch, of plain sums
+    # 2) forward and backward, micro-batch by micro-batch, of plain sums. Random selection and denoising draw what a
+    # function of (seed, step, rank) says: no rank draws as another does, and a resumed run draws as the run would have
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
     sums = {}
     buffers = [b.clone() for b in model.buffers()] if skip_nonfinite else []         # a bad batch spoils BatchNorm too
     for m in range(grad_accum):
@@ -594,13 +616,19 @@ while step < last:
                 sums[part, name] = sums.get((part, name), 0) + value.detach().double()
 
     # 3) divide by the normalizer of the whole batch, which only now is known; see the module's docstring
-    sums, stop_requested = sum_over_ranks(sums)
+    sums['stop'] = torch.full((), float(len(stop_signals)), dtype=torch.float64, device=device)
+    packed = torch.stack(list(sums.values()))
+    if ddp:
+        dist.all_reduce(packed)
+    sums = dict(zip(sums, packed.unbind(), strict=True))
     for o in optimizers:
         scaler.unscale_(o)
     for part, some in loss_params.items():                                            # DDP took the mean over ranks
         gradients = [p.grad for p in some if p.grad is not None]
-        torch._foreach_mul_(gradients, batch_size * world_size / max(sums[part, 'normalizer'], 1.0))
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip).item()
+        torch._foreach_mul_(gradients, (batch_size * world_size / sums[part, 'normalizer'].clamp(min=1)).float())
+    sums['norm'] = torch.nn.utils.clip_grad_norm_(params, grad_clip).double()
+    sums = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))    # the loop's one wait for a GPU
+    norm, stop_requested = sums.pop('norm'), sums.pop('stop') > 0
 
     # 4) step, if all is finite (under fp16 the scaler itself skips steps whose gradient overflowed)
     loss_finite, overflow = math.isfinite(sum(sums.values())), not math.isfinite(norm)
@@ -608,9 +636,9 @@ while step < last:
     if bad:
         skipped += 1
         skip_step(f'the {"gradient" if loss_finite else "loss"} is not finite', batch, sums, buffers)
-    elif not overflow:
+    elif not overflow:                                          # that is known here: scaler.step would ask a GPU again
         for o in optimizers:
-            scaler.step(o)
+            o.step()
     scaler.update()
     for o in optimizers:
         o.zero_grad(set_to_none=True)
@@ -642,9 +670,7 @@ while step < last:
     previous = (step - 1) * batch_size / n_images
     due = step == last or int(epoch / eval_interval + 1e-9) > int(previous / eval_interval + 1e-9)
     if due:
-        t = time.time()
         evaluate_and_log(row)
-        shown += time.time() - t
     if stop_requested or not due and save_interval and step % save_interval == 0:
         save_checkpoint()
     if stop_requested:
@@ -655,10 +681,18 @@ while step < last:
 if is_main_process:
     log_file.close()
     seconds = time.time() - started
-    print0(f'{seconds / 60:.1f} min, {(step - first_step) * batch_size / seconds:.1f} images/s with everything; '
+    print0(f'{(seconds - evaluating) / 60:.2f} min of training and {evaluating / 60:.2f} of evaluation, '
+           f'{(step - first_step) * batch_size / seconds:.1f} images/s with everything; '
            f'best AP {best:.4f}; in {out_dir}: ' + ' '.join(sorted(os.listdir(out_dir))))
 if ddp:
     dist.barrier()
     dist.destroy_process_group()
+if is_main_process and report and step == last and os.path.exists(os.path.join(out_dir, 'best.pt')):
+    try:
+        problem = write_report(out_dir, val_data, val_images, imgsz, max(1, micro), device)
+    except OSError as e:
+        problem = f'no report: {e.strerror}'
+    print0(f'warning: {problem}' if problem else f'look at it: {out_dir}/report.html')
+if ddp:
     print(end='', flush=True)
     os._exit(0)                                                            # gloo's threads can abort Python's own exit

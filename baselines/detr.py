@@ -170,8 +170,10 @@ class Attention(nn.Module):
         placed = x + position
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2)                   # (B, nh, L, hs) each
                    for t in (self.q_proj(placed), self.k_proj(placed), self.v_proj(x)))
-        y = F.scaled_dot_product_attention(q, k, v, mask)                             # (B, nh, L, hs)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                              # (B, L, C)
+        with autocast_off(x):           # float32: a softmax over bf16 logits is coarse, and on a CPU twice as slow
+            q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, mask)                         # (B, nh, L, hs)
+        return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))                  # (B, L, C)
 
 
 class AIFI(nn.Module):
@@ -324,11 +326,11 @@ def denoising_queries(targets, size, cfg):
     B, M = labels.shape
     groups = max(1, cfg.denoising // M)
     D = 2 * M * groups
-    slot, negative = torch.arange(D) % M, torch.arange(D) // M % 2                    # (D,) each
-    redrawn = (torch.rand(B, D) < cfg.label_noise).to(labels.device)
-    other = torch.randint(cfg.num_classes, (B, D)).to(labels.device)
+    slot, negative = torch.arange(D, device=labels.device) % M, torch.arange(D) // M % 2  # (D,) each
+    redrawn = (torch.rand(B, D) < cfg.label_noise).to(labels.device, non_blocking=True)
+    other = torch.randint(cfg.num_classes, (B, D)).to(labels.device, non_blocking=True)
     sign = torch.randint(2, (B, D, 4)) * 2 - 1
-    shift = ((torch.rand(B, D, 4) + negative[:, None]) * sign).to(boxes.device)       # in half sides
+    shift = ((torch.rand(B, D, 4) + negative[:, None]) * sign).to(boxes.device, non_blocking=True)    # in half sides
 
     labels = labels[:, slot]                                                          # (B, D)
     boxes = from_pixels(boxes, *size)[:, slot]                                        # (B, D, 4)
@@ -590,7 +592,7 @@ class DETR(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.names = [f'class{i}' for i in range(cfg.num_classes)]
-        self.imgsz, self.fixed_imgsz = None, None
+        self.imgsz, self.fixed_imgsz, self.best_f1, self.frames = None, None, None, 0
         self.checkpointing = False
         self.nms = False
         self.LOSSES = tuple(f'{layers}{name}' for layers in ('', 'aux_') + ('dn_',) * (cfg.denoising > 0)

@@ -144,7 +144,8 @@ class Pyramid(nn.Module):
 def read_weights(path):
     """A file of weights -> dict of name -> tensor, without running any code of the file's. Raises InputError."""
     if not os.path.isfile(path):
-        raise InputError(f'{path} not found: give a file of DINOv2 weights, such as dinov2_vits14_pretrain.pth')
+        raise InputError(f'--backbone_weights={path}: no such file; download dinov2_vits14_pretrain.pth from '
+                         'github.com/facebookresearch/dinov2 (pretrained models) and give its path')
     if str(path).endswith('.safetensors'):
         raise InputError(f'{path} is a safetensors file, which is not read: give a .pth or pytorch_model.bin')
     try:

@@ -16,7 +16,7 @@ VARIANTS = [(letter, {}) for letter in ATTENTION] + [('K', dict(kernel='linear')
 
 
 def config(**settings):
-    return SimpleNamespace(**dict(k=20, select='l2sq', heads=1, pos=False, gate='learned') | settings)
+    return SimpleNamespace(**dict(k=20, select='l2sq', heads=1, pos=False, gate='learned', keep='') | settings)
 
 
 def make(letter, c=16, variant=None, seed=0, **settings):

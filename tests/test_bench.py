@@ -1,4 +1,4 @@
-"""bench.py: every table at a tiny size, and the counters and clocks that the tables rest on."""
+"""benches/costs.py: every table at a tiny size, and the counters and clocks that the tables rest on."""
 import csv
 import json
 import os
@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-import bench
 from attention import HELP
+from benches import costs
 from configurator import configure
 from model import HSVDET, HSVDETConfig, layer_table
 
@@ -21,10 +21,10 @@ def tiny(monkeypatch, tmp_path):
 
     def change(**settings):
         for name, value in settings.items():
-            monkeypatch.setattr(bench, name, value)
-            monkeypatch.setitem(bench.config, name, value)
+            monkeypatch.setattr(costs, name, value)
+            monkeypatch.setitem(costs.config, name, value)
 
-    monkeypatch.setattr(bench, 'OUT_DIR', str(tmp_path / 'bench'))
+    monkeypatch.setattr(costs, 'OUT_DIR', str(tmp_path / 'bench'))
     change(device='cpu', repeats=1, sizes=((64, 64),), channels=8, onnx=False, imgsz=64, batch_size=2, k=6, hidden=32,
            ffn=32, decoder_layers=2, queries=9, denoising=2)
     return change
@@ -42,13 +42,13 @@ def four_images(tiny, tmp_path):
 
 
 def rows_of(name):
-    with open(os.path.join(bench.OUT_DIR, f'{name}.csv'), newline='') as f:
+    with open(os.path.join(costs.OUT_DIR, f'{name}.csv'), newline='') as f:
         return list(csv.DictReader(f))
 
 
 def test_memory_counts_what_is_alive():
     x = torch.zeros(1000)                                                             # 4,000 bytes
-    with bench.LiveMemory(x) as memory:
+    with costs.LiveMemory(x) as memory:
         y = x.view(10, 100) + 1                                                       # a view takes nothing
         assert (memory.live, memory.peak) == (4000, 4000)
         z = torch.cat((y, y))
@@ -64,7 +64,7 @@ def test_memory_counts_what_is_alive():
 
 def test_ways_are_timed_in_turn():
     calls = []
-    times = bench.time_interleaved({name: lambda name=name: calls.append(name) for name in 'ab'}, 3)
+    times = costs.time_interleaved({name: lambda name=name: calls.append(name) for name in 'ab'}, 3)
     assert ''.join(calls) == 'ab' * 5                                                 # two of them untimed
     assert list(times) == ['a', 'b'] and min(times.values()) >= 0
 
@@ -75,9 +75,9 @@ def test_ways_are_timed_in_turn():
 def test_time_belongs_to_the_innermost_part(tiny, monkeypatch, name, expected):
     """A clock that advances by a second whenever it is read: one second between two starts or ends of parts."""
     ticks = iter(range(1000))
-    model = bench.make_model(name).eval()
-    spent = bench.clock_parts(model)
-    monkeypatch.setattr(bench.time, 'perf_counter', lambda: next(ticks))
+    model = costs.make_model(name).eval()
+    spent = costs.clock_parts(model)
+    monkeypatch.setattr(costs.time, 'perf_counter', lambda: next(ticks))
     with torch.no_grad():
         model(torch.zeros(1, 3, 64, 64))
     assert spent == {part: 1000 * seconds for part, seconds in expected.items()}
@@ -85,17 +85,24 @@ def test_time_belongs_to_the_innermost_part(tiny, monkeypatch, name, expected):
 
 def test_attention(tiny, capsys):
     pytest.importorskip('matplotlib')
-    bench.bench_attention()
+    costs.bench_attention()
     p5, p4 = rows_of('attention')
     assert (p5['level'], p5['N'], p4['level'], p4['N']) == ('P5', '4', 'P4', '16')
     assert float(p4['fast GFLOPs']) < float(p4['plain GFLOPs'])
-    assert os.path.exists(os.path.join(bench.OUT_DIR, 'attention.png'))
+    assert os.path.exists(os.path.join(costs.OUT_DIR, 'attention.png'))
     line = capsys.readouterr().out.splitlines()[3]                                    # two of progress, a title
-    assert 'float32' in line and bench.time.strftime('%Y-%m-%d') in line
+    assert 'float32' in line and costs.time.strftime('%Y-%m-%d') in line
+    fused, bmm = rows_of('products')
+    assert float(fused['forward ms']) > 0 and float(bmm['MiB']) == pytest.approx((2 * 36 + 48) * 4 / 2 ** 20)
+
+
+def test_attention_by_bmm_is_attention():
+    q, k, v = torch.randn(3, 2, 6, 8, dtype=torch.double).unbind()
+    torch.testing.assert_close(costs.attend_by_bmm(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
 
 
 def test_letters(tiny):
-    bench.bench_letters()
+    costs.bench_letters()
     rows = {row['letter']: row for row in rows_of('letters') if row['level'] == 'P4'}
     assert set(rows) == set(HELP) - {'-'}
     c, N, k = 8, 16, 6                                                                # the formulas of attention.HELP
@@ -105,7 +112,7 @@ def test_letters(tiny):
 
 
 def test_latency(tiny):
-    bench.bench_latency()
+    costs.bench_latency()
     by_part = {row['detector']: row for row in rows_of('latency_n') if row['how'] == 'by part'}
     assert list(by_part) == ['---', '-SS', 'RT-DETR']
     assert [row['NMS'] for row in by_part.values()] == ['yes', 'yes', 'no']
@@ -124,15 +131,15 @@ def test_latency_respects_dtype(tiny, dtype):
         lambda module, args, output: seen.add(output.dtype) if isinstance(module, torch.nn.Conv2d) else None)
     try:
         with torch.no_grad():
-            bench.time_parts(['---'], x)
-            bench.time_passes(['---'], x)
+            costs.time_parts(['---'], x)
+            costs.time_passes(['---'], x)
     finally:
         conv.remove()
     assert seen == {torch.float32 if dtype == 'auto' else getattr(torch, dtype)}
 
 
 def test_nms(tiny):
-    bench.bench_nms((30, 600))
+    costs.bench_nms((30, 600))
     few, many = rows_of('nms')
     assert few['candidates'] == '30' and 1 <= int(few['kept']) < int(many['kept']) <= 300
 
@@ -140,7 +147,7 @@ def test_nms(tiny):
 @pytest.mark.parametrize('arch', ['hsvdet', 'rtdetr'])
 def test_train(four_images, tiny, arch):
     tiny(arch=arch)
-    bench.bench_train()
+    costs.bench_train()
     rows = rows_of('train')
     loss = ['assign + loss'] if arch == 'hsvdet' else []                              # else it is in the forward pass
     assert [r['part'] for r in rows[:-1]] == ['load', 'forward', *loss, 'backward', 'optimizer + EMA']
@@ -148,20 +155,34 @@ def test_train(four_images, tiny, arch):
 
 
 def test_memory(tiny):
-    bench.bench_memory()
-    none, sparse = ({name: float(value) for name, value in row.items() if name != 'attn'} for row in rows_of('memory'))
+    costs.bench_memory()
+    none, sparse, detr = ({name: float(value) for name, value in row.items() if name != 'detector'}
+                          for row in rows_of('memory'))
     count = sum(p.numel() for p in HSVDET(HSVDETConfig(attn='---')).parameters())
     assert none['parameters'] == none['EMA'] == count * 4 / 2 ** 20
     kept = 'of which kept for backward'
     assert 0 < none[kept] < sparse[kept] and none['all'] < sparse['all']
     assert none['all'] == pytest.approx(sum(none.values()) - none['all'] - none[kept])
+    count = sum(p.numel() for p in costs.make_model('RT-DETR').parameters())
+    assert detr['parameters'] == count * 4 / 2 ** 20 and 0 < detr[kept]
     tiny(checkpointing=True)
-    bench.bench_memory()
+    costs.bench_memory()
     assert float(rows_of('memory')[0][kept]) < none[kept] / 2
 
 
+@pytest.mark.parametrize('name', ['---', '-SS', 'RT-DETR'])
+def test_memory_on_the_meta_device_is_that_of_real_tensors(tiny, name):
+    tiny(dtype='float32')
+    model, images = costs.make_model(name).train(), torch.zeros(2, 3, 64, 64)
+    with costs.LiveMemory(*model.parameters(), *model.buffers(), images) as memory:
+        raw, _ = model(images)
+        kept = memory.live / 2 ** 20
+    assert len(raw) in (2, 3) and costs.meta_memory(name)['of which kept for backward'] / 2 ** 20 == pytest.approx(
+        kept, rel=0.1), kept
+
+
 def test_loader(four_images):
-    bench.bench_loader(6)
+    costs.bench_loader(6)
     uncached, cached = rows_of('loader')
     assert (uncached['cache MiB'], cached['cache MiB']) == ('0', '1') and float(cached['samples/s']) > 0
     uncached, cached = rows_of('loader_parts')
@@ -170,7 +191,7 @@ def test_loader(four_images):
 
 def test_reads_the_config_files_of_training(monkeypatch):
     monkeypatch.chdir(ROOT)
-    settings = configure(dict(vars(bench)), bench.Augment, bench.HSVDETConfig, bench.DETRConfig, positional='what',
+    settings = configure(dict(vars(costs)), costs.Augment, costs.HSVDETConfig, costs.DETRConfig, positional='what',
                          lenient=True, argv=['memory', 'config/hsvdet_1080p_8gb.py', '--checkpointing=False'])
     expected = dict(what='memory', imgsz=(1088, 1920), scale='l', grad_accum=16, checkpointing=False, mosaic_block=64)
     assert {name: settings[name] for name in expected} == expected and 'lr' not in settings

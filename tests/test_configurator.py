@@ -76,6 +76,9 @@ def test_dataclasses_are_settings():
     space = settings()
     config = configure(space, Augment, argv=['--mosaic=0.5', '--lr=1e-2'])
     assert build(Augment, config).mosaic == 0.5 and config['flip'] == Augment.flip and space['flip'] == Augment.flip
+    assert type(build(Augment, dict(config, mosaic=1)).mosaic) is float
+    with pytest.raises(InputError, match="Augment: mosaic must be float, got 'x' .str."):
+        build(Augment, dict(mosaic='x'))                              # as a damaged checkpoint may say
     with pytest.raises(InputError, match='unknown setting "mosiac", did you mean "mosaic"'):
         configure(settings(), Augment, argv=['--mosiac=1.0'])
     with pytest.raises(InputError, match='mosaic must be float'):
@@ -103,4 +106,5 @@ def test_out_of_memory_keeps_its_line(capsys):
 def test_scripts_answer_in_one_sentence():
     done = subprocess.run([sys.executable, 'train.py', '--bogus=1'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == (
-        'error: --bogus=1: unknown setting "bogus"; the settings are the names at the top of train.py\n')
+        'error: --bogus=1: unknown setting "bogus"; the settings are the names at the top of train.py and the fields '
+        'of data.Augment, model.HSVDETConfig, baselines.detr.DETRConfig\n')

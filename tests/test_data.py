@@ -293,7 +293,7 @@ def run_data(*args):
 def test_commands(tmp_path, shapes):
     done = run_data('check', os.path.join(shapes, 'val.json'), f'--out={tmp_path}/check.png', '--imgsz=96')
     assert '4 images, 0 of them without objects' in done.stdout and 'defects    none' in done.stdout
-    assert 'at 96 px  the median object is' in done.stdout
+    assert 'at 96 px   the median object is' in done.stdout
     assert Image.open(tmp_path / 'check.png').size == (4 * 480, 480)
     all_json = tmp_path / 'all.json'
     all_json.write_bytes(open(os.path.join(shapes, 'train.json'), 'rb').read())
@@ -330,3 +330,67 @@ def test_real_blood_cells():
     ds = DetectionDataset(os.path.join(SHARED, 'bccd', 'trainval.json'))
     assert len(ds) == 292 and ds.names == ['RBC', 'WBC', 'Platelets'] and sum(map(len, ds.labels)) == 3943 - 2
     assert {kind: count for kind, (count, _) in ds.issues.items()} == {'box without area': 2}
+
+
+# -------------------------------------------------------------------------------- clips
+
+def write_clips(folder, clips=3, length=4):
+    """Clips of `length` frames, the last of which has a box, brighter by 30; frame t is of brightness 40 + 50 t."""
+    images, annotations = [], []
+    for c in range(clips):
+        for t in range(length):
+            pixels = np.full((64, 96, 3), 40 + 50 * t, np.uint8)
+            pixels[10:30, 20 + 5 * c:50 + 5 * c] += 30
+            Image.fromarray(pixels).save(os.path.join(folder, f'clip{c}_{t:03d}.png'))
+        images.append((c + 1, f'clip{c}_{length - 1:03d}.png', 96, 64))
+        annotations.append((c + 1, 1, [20 + 5 * c, 10, 30, 20], {}))
+    return write_coco(folder, images, annotations)
+
+
+def test_a_clip_is_its_frames_oldest_first(tmp_path):
+    source = write_clips(str(tmp_path))
+    clips, images = (DetectionDataset(source, imgsz=(64, 96), frames=frames) for frames in (2, 0))
+    image, labels, boxes = (clips[1][key] for key in ('image', 'labels', 'boxes'))
+    assert image.shape == (3, 3, 64, 96) and image[:, 0, 60, 90].tolist() == [90, 140, 190]
+    assert torch.equal(image[2], images[1]['image']) and torch.equal(boxes, images[1]['boxes']) and len(labels) == 1
+    assert [os.path.basename(f) for f in clips.clip_files(0)] == [f'clip0_{t:03d}.png' for t in (1, 2, 3)]
+    longer = DetectionDataset(source, imgsz=(64, 96), frames=5)[0]['image']
+    assert longer[:, 0, 60, 90].tolist() == [40, 40, 40, 90, 140, 190], 'at the start the first frame is repeated'
+    batch = collate([clips[0], clips[2]])
+    assert batch['images'].shape == (2, 3, 3, 64, 96) and batch['labels'].shape == (2, 1)
+
+
+def test_frames_of_a_clip_are_augmented_alike_and_a_clip_is_a_function_of_its_key(tmp_path):
+    """Frames of one brightness each: after Mosaic, scale, shift and flip they still differ by 50 at every pixel."""
+    source = write_clips(str(tmp_path))
+    augment = strengths(mosaic=0.5, scale_aug=0.5, translate=0.2, flip=0.5)
+    data = DetectionDataset(source, imgsz=64, augment=augment, frames=3, seed=4)
+    alone = DetectionDataset(source, imgsz=64, augment=augment, seed=4)
+    seen = set()
+    for epoch in range(4):
+        for index in range(3):
+            clip = data[epoch, index]['image'].int()                                  # (4, 3, 64, 64)
+            inside = clip[0] != clip[3]                                               # padding stays what it is
+            assert all(((clip[t + 1] - clip[t])[inside] - 50).abs().max() <= 1 for t in range(3))
+            assert torch.equal(data[epoch, index]['image'][3], alone[epoch, index]['image'])
+            assert torch.equal(data[epoch, index]['boxes'], alone[epoch, index]['boxes'])
+            assert equal(data[epoch, index], DetectionDataset(source, imgsz=64, augment=augment, frames=3, seed=4,
+                                                              cache_mb=0)[epoch, index])
+            seen.add(clip.sum().item())
+    assert len(seen) > 6
+
+
+def test_clips_without_earlier_frames_get_a_sentence(tmp_path, shapes):
+    for name in ('first', 'second'):
+        noise(40, 30).save(tmp_path / f'{name}.png')
+    images = [(1, 'first.png', 40, 30), (2, 'second.png', 40, 30)]
+    source = write_coco(str(tmp_path), images, [(1, 1, [3, 3, 9, 9], {})])
+    with pytest.raises(InputError, match='no image has an earlier frame beside it'):
+        DetectionDataset(source, frames=2)
+
+
+def test_an_earlier_frame_that_cannot_be_read_is_grey(tmp_path):
+    source = write_clips(str(tmp_path))
+    (tmp_path / 'clip1_002.png').write_bytes(b'no image')
+    image = DetectionDataset(source, imgsz=(64, 96), frames=1)[1]['image']
+    assert (image[0] == data.PAD_VALUE).all() and image[1].float().std() > 1

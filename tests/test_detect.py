@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import detect
+from checkpoint import check_best_f1, read_weights
 from configurator import InputError
 from data import letterbox, rect_shape
 from export import error_limits, largest_error, rounding
@@ -129,6 +131,48 @@ def test_unreadable_files(model, folder, tmp_path):
     assert '1.jpg' in done.stderr and 'notes.jpg' in done.stderr and '2 of 5' in done.stderr
     assert 'Traceback' not in done.stderr
     assert sorted(os.listdir(tmp_path / 'out')) == ['0.jpg', '2.jpg', '3.jpg'] and '3 images' in done.stdout
+
+
+BEST = dict(score=0.625, P=0.8, R=0.5, F1=0.61538, by_class=dict(cat=dict(score=0.5, P=1.0, R=1.0, F1=1.0),
+                                                                 dog=dict.fromkeys(('score', 'P', 'R', 'F1'))))
+
+
+def test_the_threshold_of_best_f1(model, folder, tmp_path, monkeypatch, capsys):
+    """--conf=0 takes what the checkpoint says, prints it, and draws nothing below it; without it one sentence."""
+    torch.save(model.checkpoint(best_f1=BEST), tmp_path / 'with.pt')
+    assert read_weights(str(tmp_path / 'with.pt'))['best_f1'] == BEST
+    known = SimpleNamespace(path=str(tmp_path / 'with.pt'))
+    assert run(monkeypatch, known, folder, tmp_path / 'out', conf=0.0) == 0
+    scores = [d['score'] for d in json.loads((tmp_path / 'out' / 'detections.json').read_text())]
+    assert 0.625 <= min(scores) < SCORE
+    assert 'score threshold 0.625' in (out := capsys.readouterr().out) and 'precision 0.800, recall 0.500' in out
+    with pytest.raises(InputError, match=r'python eval.py --weights=.*--conf='):
+        run(monkeypatch, model, folder, tmp_path / 'out', conf=0.0)
+    good = dict(conf=0.5, nms_iou=0.7, batch_size=8, max_det=300)
+    for name, value in dict(conf=2.0, nms_iou=-0.1, batch_size=0, max_det=0).items():
+        with pytest.raises(InputError, match=f'--{name}={value}'):
+            run(monkeypatch, known, folder, tmp_path / 'out', **good | {name: value})
+
+
+@pytest.mark.parametrize('value', [
+    'high', 0.5, [0.5], dict(score=0.5), BEST | dict(score=1.5), BEST | dict(P=float('nan')), BEST | dict(R=None),
+    BEST | dict(by_class=[1]), BEST | dict(by_class=dict(cat=0.5)), BEST | dict(score=torch.rand(2)),
+    BEST | dict(F1=10 ** 400)])
+def test_a_false_best_f1_is_refused(value, tmp_path):
+    with pytest.raises(InputError, match='best_f1'):
+        check_best_f1(value, 'some.pt')
+
+
+def test_json_list(tmp_path):
+    """What was added before a failure is a complete list, and so is nothing."""
+    with detect.json_list(tmp_path / 'none.json'):
+        pass
+    with pytest.raises(KeyboardInterrupt), detect.json_list(tmp_path / 'some.json') as add:
+        add(dict(n=n) for n in range(3))
+        add([])
+        raise KeyboardInterrupt
+    assert json.loads((tmp_path / 'none.json').read_text()) == []
+    assert json.loads((tmp_path / 'some.json').read_text()) == [dict(n=0), dict(n=1), dict(n=2)]
 
 
 def test_sources(folder):

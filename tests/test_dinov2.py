@@ -345,7 +345,7 @@ def test_other_files_get_a_sentence(tmp_path, content, says):
 
 
 def test_paths_and_heads(tmp_path):
-    with pytest.raises(InputError, match='not found'):
+    with pytest.raises(InputError, match='no such file'):
         DINOv2.from_pretrained(str(tmp_path / 'nothing.pth'))
     (tmp_path / 'model.safetensors').write_bytes(b'')
     with pytest.raises(InputError, match='safetensors'):

@@ -17,6 +17,7 @@ from baselines.detr import DETR, DETRConfig
 from configurator import InputError
 from data import DetectionDataset, letterbox
 from model import HSVDET, HSVDETConfig, select_detections
+from report import draw_plots
 
 SHARED = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'data')
 
@@ -166,6 +167,18 @@ def test_confusion_by_hand():
     assert matrix.tolist() == [[1, 1, 1], [0, 1, 0], [0, 1, 0]]
 
 
+def test_match_at_half_by_hand():
+    """A match, a second detection of it, one of another class, one in a crowd region; and who was missed."""
+    boxes = [box for _, _, box in FOUR]
+    coco_gt = make_gt(*FOUR)
+    coco_gt['annotations'][2]['iscrowd'] = 1
+    rows = make_detections((1, 3, boxes[0], 0.9), (1, 3, boxes[0], 0.8), (1, 7, boxes[1], 0.7), (2, 3, boxes[2], 0.6))
+    matched, missed = ev.match_at_half(coco_gt, rows)
+    assert matched.tolist() == [0, -1, -1, -2] and missed.tolist() == [False, True, False, True]
+    matched, missed = ev.match_at_half(coco_gt, rows, by_class=False)
+    assert matched.tolist() == [0, -1, 1, -2] and missed.tolist() == [False, False, False, True]
+
+
 # --- with images -----------------------------------------------------------------------------------------------------
 
 class Oracle(torch.nn.Module):
@@ -268,6 +281,16 @@ def test_two_ranks_equal_one(folder):
     assert dict(queue.get() for _ in range(2)) == {0: alone, 1: alone}
 
 
+def test_evaluate_finds_the_threshold(folder):
+    """evaluate() has best F1 too, over all classes and by name, as plain numbers that a checkpoint can hold."""
+    dataset = DetectionDataset(str(folder / 'val.json'))
+    numbers = ev.evaluate(Oracle(dataset, (64, 64)), dataset, 64, verbose=False)
+    best = numbers['best_f1']
+    assert (best['P'], best['R'], best['F1']) == (1, 1, 1) and best['score'] == pytest.approx(0.9)
+    assert set(best['by_class']) == {'kind3', 'kind7'} and json.loads(json.dumps(numbers)) == numbers
+    assert best['by_class']['kind7'] == dict(score=best['score'], P=1.0, R=1.0, F1=1.0)
+
+
 def run(monkeypatch, capsys, **settings):
     """python eval.py --setting=value ..., without a new process -> the json of its last line, all it printed."""
     for name, value in settings.items():
@@ -306,7 +329,7 @@ def test_script(folder, model, tmp_path, monkeypatch, capsys):
     assert 'NMS IoU' in out
     _, out = run(monkeypatch, capsys, **common, nms_iou=0.7, without='block4,p5')
     assert 'attention block block4 taken out' in out and 'attention block block5 taken out' in out
-    with pytest.raises(InputError, match='no such attention block, it has p4, p5'):
+    with pytest.raises(InputError, match='no such attention block, it has block4, block5'):
         run(monkeypatch, capsys, **common, without='block3')
     monkeypatch.setattr(ev, 'without', '')
     monkeypatch.setattr(ev, 'nms', False)
@@ -374,8 +397,8 @@ def test_nms_or_one_to_one(tmp_path):
 def test_plots(folder, tmp_path):
     pytest.importorskip('matplotlib')
     coco_gt, detections = random_case(5)
-    ev.draw_plots(ev.run_cocoeval(coco_gt, detections), coco_gt, detections, tmp_path)
-    ev.draw_plots(ev.run_cocoeval(coco_gt, detections[:0]), coco_gt, detections[:0], tmp_path)
+    draw_plots(ev.run_cocoeval(coco_gt, detections), coco_gt, detections, tmp_path)
+    draw_plots(ev.run_cocoeval(coco_gt, detections[:0]), coco_gt, detections[:0], tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {'precision_recall.png', 'confusion.png'}
 
 
@@ -448,7 +471,9 @@ def tiny_onnx(path, batch, size, with_nms=False, **metadata):
 def test_onnx(folder, tmp_path):
     dataset = DetectionDataset(str(folder / 'val.json'))
     free = tiny_onnx(tmp_path / 'free.onnx', 'B', ('H', 'W'))
-    assert free.names == ['kind3', 'kind7'] and free.nms and free.blocks() == {}
+    assert free.names == ['kind3', 'kind7'] and free.nms and free.blocks() == {} and free.best_f1 is None
+    best = dict(score=0.3, P=0.5, R=0.5, F1=0.5, by_class={})
+    assert tiny_onnx(tmp_path / 'best.onnx', 1, (64, 64), best_f1=json.dumps(best)).best_f1 == best
     assert ev.input_shape(free, 0) == (64, 64) and ev.input_shape(free, 128) == (128, 128)
     fixed = tiny_onnx(tmp_path / 'fixed.onnx', 4, (64, 64))          # six images in batches of four, the last padded
     inside = tiny_onnx(tmp_path / 'inside.onnx', 4, (64, 64), with_nms=True)

@@ -32,7 +32,8 @@ pytest.importorskip('onnxscript')
 onnxruntime = pytest.importorskip('onnxruntime')
 
 SHAPE = (64, 96)                     # P4 has 24 tokens, of which k = 10 attend; P5 has 6, and all do
-pytestmark = pytest.mark.filterwarnings('ignore:.*LeafSpec.*:FutureWarning')         # torch.export's own, in torch 2.13
+# torch 2.13's own, where tests here call torch.onnx.export themselves
+pytestmark = pytest.mark.filterwarnings('ignore:.*LeafSpec.*:FutureWarning')
 
 
 def noise(*shape):
@@ -76,7 +77,7 @@ class Tiny(nn.Module):
     def __init__(self, nms=True):
         super().__init__()
         torch.manual_seed(0)
-        self.cfg, self.names, self.nms = TinyConfig(), ['a', 'b', 'c'], nms
+        self.cfg, self.names, self.nms, self.frames = TinyConfig(), ['a', 'b', 'c'], nms, 0
         self.conv = nn.Conv2d(3, 64 + 3, 8, 8)
         nn.init.normal_(self.conv.weight, std=0.3)
 
@@ -164,6 +165,20 @@ def test_metadata_and_names(plain):
     assert {'backbone', 'block4', 'block5', 'detect_head', 'after'} <= {node.name.split('/')[0] for node in nodes}
     with pytest.raises(InputError, match='exported at'):
         input_shape(loaded, 640)
+
+
+@pytest.mark.filterwarnings('error::FutureWarning')                  # who exports sees none
+@pytest.mark.parametrize('best_f1', [None, dict(score=0.4, P=0.9, R=0.8, F1=0.847, by_class=dict(
+    one=dict(score=0.4, P=0.9, R=0.8, F1=0.847)))])
+def test_best_f1_goes_along(best_f1, tmp_path, monkeypatch):
+    """From a checkpoint, by export.py as a user runs it, into the file, and out of it again."""
+    model = HSVDET(HSVDETConfig(num_classes=3, attn='---'))
+    torch.save(model.checkpoint(**dict(best_f1=best_f1) if best_f1 else {}), tmp_path / 'w.pt')
+    for name, value in dict(weights=str(tmp_path / 'w.pt'), imgsz=64).items():
+        monkeypatch.setattr(export, name, value)
+    export.main()
+    assert json.loads(read_metadata(tmp_path / 'w.onnx')['best_f1']) == best_f1
+    assert OnnxModel(str(tmp_path / 'w.onnx')).best_f1 == best_f1
 
 
 def test_dynamic(tmp_path):
@@ -314,6 +329,7 @@ def test_drawn_pictures_when_there_are_no_data():
     (dict(precision='int8'), 'add --calibration='), (dict(weights='best.onnx'), r'give the \.pt'),
     (dict(out='x.pt'), r'ends in \.onnx'), (dict(out='no/such/x.onnx'), 'cannot be written'),
     (dict(format='torch_export', nms=True), 'use --format=onnx'), (dict(imgsz=100), 'multiples of 32'),
+    (dict(conf=2.0), 'conf=2.0: a score'), (dict(nms_iou=-1.0), 'nms_iou=-1.0: an overlap'),
     (dict(one2one=True), 'no one-to-one head'), (dict(weights='none.pt'), 'not found'),
     (dict(dynamic=True, imgsz=32), 'sides of 64 and more'), (dict(data='none.json'), 'none.json')])
 def test_the_users_mistakes(settings, sentence, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss import assign, bbox_iou, box_iou, ciou, decode_boxes, detection_loss, dfl, make_anchor_points, total_loss
 
@@ -151,7 +152,7 @@ def test_five_hundred_objects_in_one_image():
 
 def test_crowded_batch_in_bounded_memory():
     """2,000 objects in each of 8 images of 1280 px, in a few hundred MB: a dense (B, M, A) matrix would take 2.1 GB."""
-    from bench import LiveMemory
+    from benches.costs import LiveMemory
     g = torch.Generator().manual_seed(0)
     B, M, K = 8, 2000, 2
     points, strides = make_anchor_points([torch.empty(1, 1, 1280 // s, 1280 // s) for s in (8, 16, 32)])
@@ -200,6 +201,26 @@ def test_assign_equals_dense_on_crowds():
     assert (want >= 0).sum() > 50
     for budget in (A, 7 * A, 2 ** 22):
         assert torch.equal(assign(scores, boxes, points, labels, gt, budget=budget)[0], want)
+
+
+class NonzeroCounter(TorchDispatchMode):
+    """A GPU must be waited for where the number of results is not known before."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name in ('aten::nonzero', 'aten::_local_scalar_dense', 'aten::masked_select')
+        return func(*args, **(kwargs or {}))
+
+
+def test_assign_waits_once_and_once_per_chunk():
+    maps, gt = raw_maps(1), torch.tensor([[[10.0, 10, 40, 40], [0, 0, 64, 64], [5, 5, 30, 50]]])
+    points, strides = make_anchor_points(maps)
+    args = (torch.full((1, len(points), 3), 0.5), torch.cat((points - strides, points + strides), 1)[None], points,
+            torch.tensor([[1, 0, 2]]), gt)
+    for objects_per_chunk, waits in ((3, 2), (1, 4)):
+        with NonzeroCounter() as counter:
+            assign(*args, budget=objects_per_chunk * len(points))
+        assert counter.count == waits
 
 
 def test_dfl_by_hand():

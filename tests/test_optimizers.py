@@ -1,9 +1,13 @@
-"""Muon: what orthogonalize does to singular values, a step by hand, and who gets which optimizer."""
+"""Muon: what orthogonalize does to singular values, a step by hand; who gets which optimizer; resume with each."""
+import io
+import sys
+
 import pytest
 import torch
 
+from configurator import InputError
 from model import HSVDET, HSVDETConfig
-from optimizers import Muon, make_optimizers, orthogonalize
+from optimizers import KINDS, LIBRARY, Muon, make_optimizers, orthogonalize
 
 
 @pytest.mark.parametrize('shape', [(8, 8), (16, 72), (72, 16), (1, 5)])
@@ -40,3 +44,54 @@ def test_parts_get_their_optimizer():
     assert {group['factor'] for o in optimizers for group in o.param_groups if group['part'] == 'head'} == {0.5}
     count = sum(p.numel() for o in optimizers for group in o.param_groups for p in group['params'])
     assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def quadratic_steps(optimizers, params, steps, first=0):
+    """Each parameter is drawn towards 1 with noise that is a function of the step."""
+    for step in range(first, first + steps):
+        g = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = p.detach() - 1 + 0.1 * torch.randn(p.shape, generator=g)
+        for o in optimizers:
+            o.step()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_each_kind_learns_and_resumes_to_the_bit(kind):
+    """Through a file that is read with weights_only, fifteen steps and fifteen more equal thirty."""
+    if kind in LIBRARY:
+        pytest.importorskip('pytorch_optimizer')
+
+    def start():
+        g = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((4, 3, 3, 3), (6, 5), (4,), ())]
+        groups = [dict(params=params[:2], part='head', name='head.decay', lr=1.0, weight_decay=0.05),
+                  dict(params=params[2:], part='head', name='head.no_decay', lr=1.0, weight_decay=0.0)]
+        return params, make_optimizers(groups, dict(head=kind), 0.02, 0.9, 0.999)
+
+    def distance(params):
+        return sum((p - 1).square().sum() for p in params).item()
+
+    params, optimizers = start()
+    before = distance(params)
+    quadratic_steps(optimizers, params, 30)
+    assert distance(params) < 0.9 * before
+    again, first = start()
+    quadratic_steps(first, again, 15)
+    file = io.BytesIO()
+    torch.save([o.state_dict() for o in first], file)
+    file.seek(0)
+    resumed, second = start()
+    for p, value in zip(resumed, again, strict=True):
+        p.data.copy_(value.data)
+    for o, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        o.load_state_dict(state)
+    quadratic_steps(second, resumed, 15, first=15)
+    assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
+
+
+def test_missing_package_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pytorch_optimizer', None)
+    group = dict(params=[torch.nn.Parameter(torch.zeros(2, 2))], part='head', name='head.decay', lr=1.0)
+    with pytest.raises(InputError, match='pip install pytorch_optimizer'):
+        make_optimizers([group], dict(head='lamb'), 0.1, 0.9, 0.999)

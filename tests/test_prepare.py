@@ -17,7 +17,9 @@ import pytest
 from PIL import Image
 
 from configurator import InputError
+from data import DetectionDataset
 from prepare import coco
+from prepare.clips import COLOURS, draw_clip, make_clips
 from prepare.long_range import NAMES, draw_long_range, make_long_range
 from prepare.shapes import SHAPES, draw_shapes, make_shapes, rasterize, shape_corners
 
@@ -94,6 +96,21 @@ def test_long_range_cue_is_far_from_its_discs(tmp_path):
                                                                'green disc', 'blue disc']
     assert sum(a['category_id'] <= 3 for a in train['annotations']) == 3
     assert val['annotations'] and all(a['category_id'] > 3 for a in val['annotations'])
+
+
+def test_clips_show_the_class_in_the_first_frame_only(tmp_path):
+    for seed in range(20):
+        clip, labels, boxes = draw_clip(np.random.default_rng(seed))
+        assert len(clip.frames) == 3 and len(labels) == len(boxes) >= 1
+        for label, (x1, y1, x2, y2) in zip(labels, boxes, strict=True):
+            assert 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 64
+            x, y = int(x1 + x2) // 2, int(y1 + y2) // 2
+            first, *later = (np.asarray(frame)[y, x].astype(int) for frame in clip.frames)
+            assert (first == tuple(COLOURS.values())[label]).all() and all(np.ptp(pixel) == 0 for pixel in later)
+    make_clips(str(tmp_path), train=3, val=2)
+    data = DetectionDataset(str(tmp_path / 'train.json'), imgsz=64, frames=2)
+    colour = [np.ptp(frame.numpy(), axis=0).max() for frame in data[0]['image'].float()]
+    assert len(data) == 3 and colour[0] > 100 and max(colour[1:]) < 20
 
 
 def test_makers_complain_in_one_sentence(tmp_path):

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -40,11 +41,18 @@ def command(shapes, out_dir, *settings, ranks=1, data='train'):
             f'--val_data={shapes}/val.json', f'--out_dir={out_dir}',
             '--imgsz=64', '--device=cpu', '--dtype=float32', '--workers=0', '--epochs=4', '--no_aug_epochs=1',
             '--warmup_epochs=1', '--eval_interval=2', '--batch_size=4', '--log_interval=2', '--k=8',
-            '--num_pictures=1', *settings]
+            '--num_pictures=1', '--report=False', *settings]
 
 
-def train(*args, check=True, **kwargs):
-    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, env=ENV, capture_output=True, text=True)
+def train(shapes, out_dir, *settings, check=True, change='', **kwargs):
+    """Runs train.py; its processes run `change`, lines of Python, before it."""
+    arguments = command(shapes, out_dir, *settings, **kwargs)
+    if change:
+        script = Path(f'{out_dir}.py')
+        script.write_text(f"import os, runpy, sys, torch\nsys.path.insert(0, '')\n{change}\n"
+                          "runpy.run_path('train.py', run_name='__main__')\n")
+        arguments[arguments.index('train.py')] = str(script)
+    done = subprocess.run(arguments, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -136,19 +144,54 @@ def test_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
         assert (tmp_path / 'a' / name).stat().st_size > 1000
 
 
+RECORD_DRAWS = '''
+out_dir = next(word for word in sys.argv if word.startswith('--out_dir=')).split('=')[1]
+rand, draws = torch.rand, open(f"{out_dir}.rank{os.environ['RANK']}", 'w', buffering=1)
+def recorded(*args, generator=None, **kwargs):
+    drawn = rand(*args, generator=generator, **kwargs)
+    if generator is None:
+        draws.write(f'{drawn.flatten()[0].item()}\\n')
+    return drawn
+torch.rand = recorded'''
+
+
 def test_two_ranks_resume_to_the_bit(shapes, tmp_path):
-    """With fp16 and its scaler, random selection, a one-to-one head and BatchNorm: 3 steps and 3 more equal 6."""
+    """
+    With fp16 and its scaler, random selection, a one-to-one head and BatchNorm: 3 steps and 3 more equal 6. No rank
+    draws what another does, in any step, and each draws after resuming what it would have drawn.
+    """
     settings = ['--dtype=float16', '--one2one=True', '--select=random', '--grad_accum=2', '--eval_interval=1',
                 '--log_interval=1']
-    train(shapes, tmp_path / 'a', *settings, '--max_steps=6', ranks=2)
+    train(shapes, tmp_path / 'a', *settings, '--max_steps=6', ranks=2, change=RECORD_DRAWS)
     os.makedirs(tmp_path / 'b')
     (tmp_path / 'b/ckpt.pt').write_bytes((tmp_path / 'a/ckpt_prev.pt').read_bytes())
     assert load(tmp_path / 'b/ckpt.pt')['step'] == 3
-    said = train(shapes, tmp_path / 'b', *settings, '--max_steps=6', '--init_from=resume', ranks=2).stdout
+    said = train(shapes, tmp_path / 'b', *settings, '--max_steps=6', '--init_from=resume', ranks=2,
+                 change=RECORD_DRAWS).stdout
     assert 'warning: this is not the run' not in said
+    drawn = {run: [(tmp_path / f'{run}.rank{rank}').read_text().split() for rank in (0, 1)] for run in 'ab'}
+    assert len(set(drawn['a'][0] + drawn['a'][1])) == 24, 'the block at P4, six steps, two micro-batches, two ranks'
+    for a, b in zip(drawn['a'], drawn['b'], strict=True):
+        assert b == a[6:]
     a, b = load(tmp_path / 'a/ckpt.pt'), load(tmp_path / 'b/ckpt.pt')
     assert a['step'] == b['step'] == 6 and a['scaler']['scale'] > 0
     assert not torch.equal(a['model']['backbone.stem.bn.running_mean'], torch.zeros(16))
+    for saved in (a, b):
+        del saved['config']
+    assert_same(a, b)
+
+
+@pytest.mark.slow
+def test_an_optimizer_per_part_resumes_to_the_bit(shapes, tmp_path):
+    pytest.importorskip('pytorch_optimizer')
+    settings = ['--optimizer_backbone=sgd', '--optimizer_neck=soap', '--optimizer_block=muon', '--optimizer_head=lamb',
+                '--eval_interval=1', '--max_steps=6']
+    train(shapes, tmp_path / 'a', *settings)
+    os.makedirs(tmp_path / 'b')
+    (tmp_path / 'b/ckpt.pt').write_bytes((tmp_path / 'a/ckpt_prev.pt').read_bytes())
+    train(shapes, tmp_path / 'b', *settings, '--init_from=resume')
+    a, b = load(tmp_path / 'a/ckpt.pt'), load(tmp_path / 'b/ckpt.pt')
+    assert len(a['optimizers']) == 5 and a['step'] == b['step'] == 6
     for saved in (a, b):
         del saved['config']
     assert_same(a, b)
@@ -196,8 +239,17 @@ def test_everything_at_once(shapes, tmp_path):
 
 
 def test_fp16_on_cpu(shapes, tmp_path):
+    """A scale that lets every gradient overflow costs steps, and nothing else: it is halved until it fits."""
     train(shapes, tmp_path, '--dtype=float16', '--max_steps=2')
-    assert load(tmp_path / 'ckpt.pt')['scaler']['scale'] > 0
+    before = load(tmp_path / 'ckpt.pt')
+    assert before['scaler']['scale'] == 2 ** 10, 'the scale that we start with lets none overflow'
+    torch.save({**before, 'scaler': {**before['scaler'], 'scale': 2.0 ** 40}}, tmp_path / 'ckpt.pt')
+    train(shapes, tmp_path, '--dtype=float16', '--max_steps=5', '--init_from=resume')
+    after = load(tmp_path / 'ckpt.pt')
+    assert after['step'] == 5 and after['scaler']['scale'] == 2 ** 37
+    assert_same(before['optimizers'][0]['state'], after['optimizers'][0]['state'])
+    moved = [name for name, p in before['model'].items() if not torch.equal(p, after['model'][name])]
+    assert moved and all('running_' in name or 'num_batches' in name for name in moved)
 
 
 def test_overfits_eight_pictures(shapes):
@@ -271,7 +323,9 @@ def test_some_non_finite_steps_can_be_left_out(shapes, tmp_path):
 
 
 def test_neither_another_network_nor_a_new_run_harms_an_earlier_one(shapes, tmp_path):
-    train(shapes, tmp_path, '--max_steps=1')
+    *_, evaluation, last = train(shapes, tmp_path, '--max_steps=1').stdout.splitlines()
+    assert re.search(r'\| AP ([\d.]+) AP50 ([\d.]+)', evaluation), 'for scripts that read how far, and in which time'
+    assert all(re.search(r'([\d.]+) min of training', line) for line in (evaluation, last))
     names = {'ckpt.pt', 'best.pt', 'log.csv', 'curves.png', 'val_0.jpg'}
     first = {name: (tmp_path / name).read_bytes() for name in names}
     done = train(shapes, tmp_path, '--init_from=resume', '--attn=---', check=False)

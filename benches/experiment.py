@@ -1,0 +1,154 @@
+"""
+Several trainings side by side: every arm of an experiment with every seed, one row of csv each, and their table.
+
+    python bench.py experiment experiments/detectors_shapes.py                  hours; may be broken off and run again
+    python bench.py experiment experiments/detectors_shapes.py --seeds='(3,)'   one more seed
+    python bench.py experiment experiments/detectors_shapes.py --show=True      the table of what is there
+
+An experiment is a config file of this script: the command that all its runs share, and its arms, which are what each
+adds to it. A run is `train.py` with the arm's settings and its seed, then `eval.py` on the test images with the weights
+of the last step, in processes of their own. A row that is in results/NAME.csv is not run again, and a run that broke
+off goes on from its checkpoint. Seeds are the outer loop, so that a table of fewer seeds is complete too. Arms are
+compared with the first one seed by seed: the mean difference, its standard error, and the p value of Student's paired
+t test, which says little below five seeds.
+
+Minutes are those of the training process: its CPU time over its threads, which other work on the machine does not
+stretch, and by the clock. Nothing is chosen here on the images that it reports: put those of an earlier choice into
+val_data, and the final ones into `test`.
+"""
+import csv
+import json
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from statistics import mean, stdev
+
+from scipy.stats import ttest_rel
+
+from benches.costs import machine
+from configurator import InputError, configure
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+name = ''                      # of the experiment: rows go to results/NAME.csv, runs to out/experiments/NAME/ARM_SEED
+train = ''                     # arguments of train.py that all arms share: a config file, and settings
+arms: tuple = ()               # ((name, further arguments with {seed} filled in), ...); the first is the reference
+only = ''                      # the arms to run, separated by commas; '' runs all
+seeds: tuple = (0, 1, 2)
+test = ''                      # eval.py --data=: a label file
+evaluate = '--occlusion=True'  # further arguments of eval.py
+without = ''                   # eval.py --without=: the blocks to take out for one more AP, where an arm has them
+threads = 1                    # CPU threads of a run
+show = False                   # run nothing, print the table of the rows there are
+
+FIGURES = ('AP', 'AP50', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'duplicates', 'recall <= 0.1', 'recall 0.1-0.3',
+           'recall 0.3-0.5', 'recall > 0.5', 'AP without', 'minutes')
+COLUMNS = ('arm', 'seed', *FIGURES, 'clock minutes', 'steps', 'images', 'parameters', 'machine', 'dtype', 'threads',
+           'date', 'commit', 'train')
+
+
+def run(script, arguments, log):
+    """`python SCRIPT arguments` with its output in the file `log` -> (its last line, CPU seconds, seconds)."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    with open(log, 'a', encoding='utf-8') as f:
+        code = subprocess.run([sys.executable, script, *arguments], stdout=f, stderr=subprocess.STDOUT,
+                              env=os.environ | dict(OMP_NUM_THREADS=str(threads))).returncode
+    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.time() - started
+    with open(log, encoding='utf-8') as f:
+        last = f.read().splitlines()[-1]
+    if code:
+        raise InputError(f'{script} {" ".join(arguments)} ended with {code}: {last} (all of it: {log})')
+    return last, sum(after[:2]) - sum(before[:2]), seconds
+
+
+def read_rows(path):
+    if not os.path.exists(path):
+        return []
+    with open(path, newline='', encoding='utf-8') as f:
+        return list(csv.DictReader(f))
+
+
+def train_and_evaluate(arm, more, seed):
+    """One row of the table."""
+    folder = os.path.join('out', 'experiments', name, f'{arm}_{seed}'.replace(' ', '_'))
+    os.makedirs(folder, exist_ok=True)
+    spent = os.path.join(folder, 'seconds.txt')                    # of all parts of a run that was broken off
+    arguments = [*shlex.split(train), *shlex.split(more.format(seed=seed)), f'--seed={seed}', f'--out_dir={folder}',
+                 '--eval_interval=1e9', '--save_interval=200', '--num_pictures=0', '--report=False']
+    if os.path.exists(os.path.join(folder, 'ckpt.pt')):
+        arguments.append('--init_from=resume')
+    _, cpu, clock = run('train.py', arguments, os.path.join(folder, 'train.txt'))
+    with open(spent, 'a', encoding='utf-8') as f:
+        f.write(f'{cpu:.1f} {clock:.1f}\n')
+    with open(spent, encoding='utf-8') as f:
+        cpu, clock = (sum(map(float, column)) / 60 for column in zip(*map(str.split, f), strict=True))
+    weights, log = os.path.join(folder, 'best.pt'), os.path.join(folder, 'eval.txt')
+    arguments = [f'--weights={weights}', f'--data={test}', *shlex.split(evaluate)]
+    figures = json.loads(run('eval.py', arguments, log)[0])
+    for recall, bin in zip(FIGURES[7:11], figures.get('occlusion', {}).values(), strict=False):
+        figures[recall] = bin['recall50']
+    import torch  # the rest of this file needs no tensors
+    saved = torch.load(weights, weights_only=True, map_location='cpu')
+    if without and set(saved['model_config'].get('attn', '-')) - {'-'}:
+        figures['AP without'] = json.loads(run('eval.py', [*arguments, f'--without={without}'], log)[0])['AP']
+    with open(os.path.join(folder, 'train.txt'), encoding='utf-8') as f:
+        device, dtype = re.search(r'(\w+\S*) (\w+); \d+ steps', f.read()).groups()   # 'auto' is settled there
+    return dict(figures, arm=arm, seed=seed, minutes=cpu, steps=saved['step'], dtype=dtype, threads=threads,
+                images=saved['step'] * saved['config']['batch_size'], machine=f'{machine().split(",")[0]}, {device}',
+                parameters=sum(t.numel() for key, t in saved['model'].items() if 'running_' not in key),
+                date=time.strftime('%Y-%m-%d'), commit=saved['commit'][:9], train=f'{train} {more}') | {
+                    'clock minutes': clock}
+
+
+def cell(value):
+    return f'{value:.4f}' if isinstance(value, float) else '' if value is None else str(value)
+
+
+def print_table(rows):
+    """Mean and standard deviation over seeds; below, the differences of AP from the first arm, seed by seed."""
+    print(f'{name}: mean ± standard deviation over seeds')
+    by_arm = {arm: {int(row['seed']): row for row in rows if row['arm'] == arm} for arm, _ in arms}
+    for arm, mine in by_arm.items():
+        columns = {key: [float(row[key]) for row in mine.values() if row[key]] for key in FIGURES}
+        text = (f'{key} {mean(x):.4g}' + (f' ± {stdev(x):.2g}' if len(x) > 1 else '')
+                for key, x in columns.items() if x)
+        print(f'{arm}: {len(mine)} seeds | ' + ' | '.join(text))
+    first = by_arm[arms[0][0]]
+    for arm, mine in list(by_arm.items())[1:]:
+        both = sorted(set(first) & set(mine))
+        a, b = ([float(some[seed]['AP']) for seed in both] for some in (first, mine))
+        if len(both) > 1:
+            differences = [y - x for x, y in zip(a, b, strict=True)]
+            error = stdev(differences) / len(both) ** 0.5
+            print(f'AP of {arm} - {arms[0][0]}: {mean(differences):+.4f} ± {error:.4f} (standard error, {len(both)} '
+                  f'pairs), p = {ttest_rel(b, a).pvalue:.3f}')
+
+
+def main():
+    if not (name and train and arms and test):
+        raise InputError('an experiment is a file with name, train, arms and test: '
+                         'python bench.py experiment experiments/detectors_shapes.py')
+    os.makedirs('results', exist_ok=True)
+    path = os.path.join('results', f'{name}.csv')
+    wanted = only.split(',') if only else [arm for arm, _ in arms]
+    for seed in () if show else seeds:
+        for arm, more in arms:
+            if arm not in wanted or any(r['arm'] == arm and int(r['seed']) == seed for r in read_rows(path)):
+                continue
+            print(f'{time.strftime("%H:%M")} {name}: {arm}, seed {seed}', flush=True)
+            row = train_and_evaluate(arm, more, seed)
+            new = not os.path.exists(path)
+            with open(path, 'a', newline='', encoding='utf-8') as f:
+                writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore')
+                if new:
+                    writer.writeheader()
+                writer.writerow({key: cell(row.get(key)) for key in COLUMNS})
+    print_table(read_rows(path))
+
+
+if __name__ == '__main__':
+    configure(globals())
+    main()

@@ -1,0 +1,61 @@
+"""benches/experiment.py: what is there is not run again, seeds are paired, and every figure is eval.py's."""
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benches import experiment
+from prepare.shapes import make_shapes
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def test_table(monkeypatch, capsys):
+    monkeypatch.setattr(experiment, 'arms', (('a', ''), ('b', ''), ('c', '')))
+    rows = [dict(dict.fromkeys(experiment.FIGURES, ''), arm=arm, seed=str(seed), AP=str(ap))
+            for arm, aps in dict(a=(0.5, 0.6, 0.7), b=(0.51, 0.62, 0.73)).items() for seed, ap in enumerate(aps)]
+    experiment.print_table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == 'a: 3 seeds | AP 0.6 ± 0.1' and lines[3].startswith('c: 0 seeds')
+    # differences 0.01, 0.02, 0.03: mean 0.02, standard error 0.01 / sqrt(3), t = 3.46 with 2 degrees: p = 0.074
+    assert lines[4] == 'AP of b - a: +0.0200 ± 0.0058 (standard error, 3 pairs), p = 0.074'
+    assert len(lines) == 5
+
+
+def test_a_row_is_run_once(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    for key, value in dict(name='e', train='x.py', test='t.json', arms=(('a', ''), ('b', ''))).items():
+        monkeypatch.setattr(experiment, key, value)
+    monkeypatch.setattr(experiment, 'train_and_evaluate',
+                        lambda arm, more, seed: ran.append((arm, seed)) or dict(arm=arm, seed=seed, AP=0.5))
+    monkeypatch.setattr(experiment, 'seeds', (0,))
+    experiment.main()
+    monkeypatch.setattr(experiment, 'seeds', (0, 1))
+    monkeypatch.setattr(experiment, 'only', 'b')
+    experiment.main()
+    assert ran == [('a', 0), ('b', 0), ('b', 1)]
+    with open(tmp_path / 'results' / 'e.csv', newline='') as f:
+        assert [(row['arm'], row['seed'], row['AP']) for row in csv.DictReader(f)] == [
+            ('a', '0', '0.5000'), ('b', '0', '0.5000'), ('b', '1', '0.5000')]
+
+
+@pytest.mark.slow
+def test_end_to_end(tmp_path):
+    make_shapes(str(tmp_path / 'shapes'), 8, 4, 64, 0)
+    file = tmp_path / 'tiny.py'
+    file.write_text(f"name = 'tiny'\ntrain = 'config/shapes.py --imgsz=64 --epochs=2 --warmup_epochs=0 --make_data= "
+                    f"--train_data={tmp_path}/shapes/train.json --val_data={tmp_path}/shapes/val.json'\n"
+                    f"arms = (('sparse', '--attn=-SS'),)\nseeds = (0,)\nwithout = 'block4,block5'\n"
+                    f"test = '{tmp_path}/shapes/val.json'\n")
+    os.makedirs(tmp_path / 'work')
+    for folder in ('config', 'train.py', 'eval.py'):
+        os.symlink(os.path.join(ROOT, folder), tmp_path / 'work' / folder)
+    run = subprocess.run([sys.executable, '-m', 'benches.experiment', str(file)], cwd=tmp_path / 'work', text=True,
+                         capture_output=True, env=os.environ | dict(PYTHONPATH=ROOT))
+    assert run.returncode == 0, run.stderr
+    with open(tmp_path / 'work' / 'results' / 'tiny.csv', newline='') as f:
+        row, = csv.DictReader(f)
+    assert int(row['steps']) == 2 and int(row['images']) == 16 and row['AP without'] and float(row['minutes']) > 0
