@@ -123,7 +123,8 @@ def run_config(path, settings):
         folder = os.path.dirname(path) or '.'
         here = sorted(f for f in os.listdir(folder) if f.endswith('.py')) if os.path.isdir(folder) else []
         near = difflib.get_close_matches(os.path.basename(path), here, 1)
-        hint = f', did you mean {os.path.join(folder, near[0])}?' if near else '; the ones we ship are in config/'
+        there = f'; {folder} has {", ".join(here) or "none"}'
+        hint = f', did you mean {os.path.join(folder, near[0])}?' if near else there
         raise InputError(f'config file {path} not found{hint}')
     seen = dict(settings)
     try:

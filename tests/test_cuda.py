@@ -41,7 +41,7 @@ BLOCKS += [('S', dict(keep='mass:0.5')), ('T', dict(select='learned')), ('linear
 @pytest.fixture(params=['cpu', GPU])
 def device(request, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)                    # float32 means float32
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
+    assert torch.get_float32_matmul_precision() == 'highest'                          # PyTorch's default: no TF32
     return request.param
 
 
