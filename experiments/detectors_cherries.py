@@ -1,0 +1,15 @@
+# The three detectors on cherries (640x640 crops of trees, one class, at 320 px; COCO json below data/cherries), as on
+# the blood cells, at half as many epochs.
+#   python bench.py experiment experiments/detectors_cherries.py
+name = 'detectors_cherries'
+train = ('config/finetune_own.py --train_data=data/cherries/train.json --val_data=data/cherries/train_val.json'
+         ' --k=0.25 --epochs=15')
+_trunk = '--init_from=out/experiments/detectors_cherries/YOLOv8-n_{seed}/best.pt'
+_rtdetr = (f'config/rtdetr_own.py --train_data=data/cherries/train.json --val_data=data/cherries/train_val.json'
+           f' --epochs=12 {_trunk}')
+arms = (('YOLOv8-n', '--attn=---'),
+        ('HSV-DET-n', '--attn=-SS'),
+        ('RT-DETR-n', _rtdetr))
+seeds = (0,)
+test = 'data/cherries/test.json'
+without = 'block4,block5'
