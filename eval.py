@@ -63,6 +63,8 @@ nms_iou: float | tuple = 0.7        # several, 0.5,0.6,0.7, make a table
 max_det = 300                       # detections per image
 nms = True                          # False: the one-to-one head, without suppression
 attn = ''                           # other blocks than the weights have, such as -SS; '': the same
+eval_layers = 0                     # RT-DETR: decoder layers that run (early exit); 0: as trained
+queries = 0                         # RT-DETR: the most objects it can report; 0: as trained
 without = ''                        # take these blocks out of the trained model: block4,block5, or p4,p5
 fuse = True                         # BatchNorm folded into convolutions
 dtype = 'float32'                   # float32, bfloat16, float16: of the network; its attention stays float32
@@ -167,22 +169,25 @@ class OnnxModel(torch.nn.Module):
 def load_model(path, device='cpu', fuse=True, nms=True, **overrides):
     """
     A checkpoint of ours (HSVDET or RT-DETR), a YOLOv8 .pt, or an .onnx, in evaluation mode on `device`. nms=False: the
-    one-to-one head's detections, or those of the only head, without suppression. overrides: fields of HSVDETConfig.
+    one-to-one head's detections, or those of the only head, without suppression. overrides: attn, of
+    HSVDETConfig, or eval_layers and queries, of DETRConfig.
     The model's attribute best_f1 is what `evaluate` found for these weights in training, or None.
     """
     if not os.path.exists(path):
         raise InputError(f'weights "{path}" not found: give --weights=, or train with python train.py config/shapes.py')
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise InputError(f'--device={device}: this machine has no such device, use --device=cpu')
-    if path.endswith('.onnx'):
+    saved = None if path.endswith('.onnx') else read_weights(path)
+    known = () if saved is None else ('eval_layers', 'queries') if saved['arch'] == 'rtdetr' else ('attn',)
+    for name, value in overrides.items():
+        if name not in known:
+            raise InputError(f'--{name}={value}: {path} has nothing of this kind to choose, leave the setting out')
+    if saved is None:
         model = OnnxModel(path, device)
     else:
         from baselines.detr import DETR
-        saved = read_weights(path)
         model = (DETR if saved['arch'] == 'rtdetr' else HSVDET).from_pretrained(path, **overrides)
         model.best_f1 = saved['best_f1']
-    if overrides.get('attn') and not isinstance(model, HSVDET):
-        raise InputError(f'--attn={overrides["attn"]}: {path} has no such blocks to choose, leave the setting out')
     model.nms = model.nms and nms                                    # a detector that never needs NMS stays without
     if fuse and not isinstance(model, OnnxModel):
         model.fuse()
@@ -604,7 +609,9 @@ def print_warnings(model, dataset):
 
 def run_model(settings):
     """The model on the data; settings: those of predict_dataset -> model, dataset, predict_dataset's result."""
-    model = load_model(weights, device, fuse, nms, **dict(attn=attn) if attn else {})
+    chosen = dict(attn=attn, eval_layers=eval_layers, queries=queries)
+    model = load_model(weights, device, fuse, nms,
+                       **{name: value for name, value in chosen.items() if value})
     remove_blocks(model, [name for name in without.split(',') if name])
     dataset = open_data(data, model.names, images, frames=model.frames)
     print_warnings(model, dataset)

@@ -1,26 +1,30 @@
 """
 Make data/long_range, a set that only global context solves: does a block see further than convolutions do?
 
-    python -m prepare.long_range             1,500 training and 200 validation strips, a few seconds
+    python -m prepare.long_range                                      1,500 training and 200 validation strips, seconds
+    python -m prepare.long_range --out=data/any_range --near=64       discs at every distance from the cue
 
-A strip is 2,048 px long and 32 high. Near its left end is the cue, a red, green or blue square; beyond column 1,100
-are some white discs. A disc's class is the colour of the cue, more than 1,000 px away. The convolutions of scale n see
-625 px to either side at the very most (all kernels of the longest path added up), so for them a disc's class is a
-guess among three: an AP50 near 0.33.
+A strip is 2,048 px long and 32 high. Near its left end is the cue, a red, green or blue square; to the right of column
+1,100 (`near`) are some white discs. A disc's class is the colour of the cue, more than 1,000 px away. The convolutions
+of scale n see 625 px to either side at the very most (all kernels of the longest path added up), so for them a disc's
+class is a guess among three: an AP50 near 0.33.
 
 The cue is labelled in the training part, so that its colour is worth learning. val.json lists the discs alone, so that
 its AP is theirs.
 """
+import functools
+
 import numpy as np
 from PIL import Image, ImageDraw
 
-from configurator import configure
+from configurator import InputError, configure
 from prepare.shapes import write_set
 
 # settings
 out = 'data/long_range'
 train = 1500                 # number of training strips
 val = 200                    # number of validation strips
+near, far = 1100, 2048       # columns that the discs lie between
 seed = 0
 
 COLOURS = {'red': (230, 40, 40), 'green': (40, 200, 60), 'blue': (50, 80, 240)}
@@ -28,7 +32,7 @@ NAMES = [f'{colour} cue' for colour in COLOURS] + [f'{colour} disc' for colour i
 DISCS = (3, 4, 5)            # the labels of the discs
 
 
-def draw_long_range(rng, size=(2048, 32)):
+def draw_long_range(rng, size=(2048, 32), near=1100, far=2048):
     """One strip of `size` (w, h) -> PIL.Image, labels (the cue's, then the discs'), boxes (x1, y1, x2, y2, pixels)."""
     W, H = size
     # 1) a background of smooth grey steps with noise
@@ -42,7 +46,7 @@ def draw_long_range(rng, size=(2048, 32)):
     pen.rectangle(boxes[0], fill=tuple(COLOURS.values())[colour])
     # 3) three to six discs, less those that would touch the one before
     right = 0
-    for x in np.sort(rng.uniform(1100, W - 32, rng.integers(3, 7))):
+    for x in np.sort(rng.uniform(near, far - 32, rng.integers(3, 7))):
         diameter = rng.uniform(14, 26)
         y = rng.uniform(1, H - 1 - diameter)
         if x > right + 2:
@@ -53,13 +57,16 @@ def draw_long_range(rng, size=(2048, 32)):
     return image, labels, boxes
 
 
-def make_long_range(out='data/long_range', train=1500, val=200, seed=0):
+def make_long_range(out='data/long_range', train=1500, val=200, near=1100, far=2048, seed=0):
     """Write the set, see the top of this file. Raises InputError."""
-    write_set(out, NAMES, draw_long_range, train, val, seed, val_labels=DISCS)
+    if not 56 <= near <= far - 100 <= 1948:
+        raise InputError(f'--near={near} --far={far}: discs lie right of the cue, which ends at column 54, and within '
+                         '2,048, at least 100 columns of them')
+    write_set(out, NAMES, functools.partial(draw_long_range, near=near, far=far), train, val, seed, val_labels=DISCS)
 
 
 if __name__ == '__main__':
     configure(globals())
-    make_long_range(out, train, val, seed)
+    make_long_range(out, train, val, near, far, seed)
     if out == 'data/long_range':
         print('now: python train.py config/long_range.py')

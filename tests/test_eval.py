@@ -376,6 +376,19 @@ def test_rtdetr(tmp_path):
         ev.remove_blocks(ev.load_model(str(tmp_path / 'F.pt')), ['p5'])
     with pytest.raises(InputError, match='--attn=-SS'):
         ev.load_model(str(tmp_path / 'F.pt'), attn='-SS')
+    # early exit and fewer queries: one layer's answers are those of the first of two, three queries the best three
+    torch.manual_seed(0)
+    model = DETR(DETRConfig(**small | dict(decoder_layers=2)))
+    for p in model.head.parameters():
+        p.normal_(0, 0.3)
+    model.save(tmp_path / 'two.pt')
+    two, one, three = (ev.load_model(str(tmp_path / 'two.pt'), **some) for some in ({}, dict(eval_layers=1),
+                                                                                    dict(queries=3)))
+    whole, first, few = (m(x)[0] for m in (two, one, three))
+    assert not torch.equal(first[0], whole[0]) and few[0].shape[1] == 3 and whole[0].shape[1] == 5
+    HSVDET(HSVDETConfig('n', 2)).save(tmp_path / 'a.pt')
+    with pytest.raises(InputError, match='--eval_layers=1'):
+        ev.load_model(str(tmp_path / 'a.pt'), eval_layers=1)
 
 
 def test_nms_or_one_to_one(tmp_path):

@@ -90,6 +90,11 @@ def test_long_range_cue_is_far_from_its_discs(tmp_path):
         assert all(0 <= x1 < x2 <= 2048 and 0 <= y1 < y2 <= 32 for x1, y1, x2, y2 in boxes)
         x, y = boxes[0][0] + 12, 16                                                    # the middle of the cue
         assert NAMES[labels[0]].split()[0] == ('red', 'green', 'blue')[int(np.argmax(image.getpixel((int(x), y))))]
+        boxes = draw_long_range(np.random.default_rng(seed), near=300, far=700)[2][1:]
+        assert min(box[0] for box in boxes) >= 300 and max(box[2] for box in boxes) <= 700
+    for near, far in ((20, 2048), (700, 700), (1100, 3000)):
+        with pytest.raises(InputError, match='--near'):
+            make_long_range(str(tmp_path), 1, 1, near, far)
     make_long_range(str(tmp_path), train=3, val=3)
     train, val = (json.loads((tmp_path / name).read_text()) for name in ('train.json', 'val.json'))
     assert [c['name'] for c in val['categories']] == NAMES == ['red cue', 'green cue', 'blue cue', 'red disc',
