@@ -38,6 +38,7 @@ HELP = {  # letter: what it is, FLOPs per token (two per multiply-add; c channel
     'S': 'sparse global: the k most salient tokens see each other; 2c^2 + (4kc^2 + 4k^2 c) / N',
     'F': 'full: every token sees every token; 6c^2 + 4Nc',
     'D': "S's dense path alone, nobody attends (the control); 2c^2",
+    'C': 'two 3x3 convolutions with as many parameters as S, no attention (a control of equal cost); 8c^2',
     'W': 'sliding window: every token sees the 9x9 cells around it; 8c^2 + 1024c',
     'L': 'latent (MLA): full, keys and values in c/4 channels; 1.5c^2 + Nc with one head',
     'N': 'native sparse: means of all tiles + the 4 best tiles + a 9x9 window; 8c^2 + 6c + 4c(N/64 + 512)',
@@ -457,6 +458,26 @@ class TokensOnly(SparseGlobalBlock):
         return y.transpose(1, 2).unflatten(2, (H, W))
 
 
+# --- C: convolutions -------------------------------------------------------------------------------------------------
+
+class Bottleneck(nn.Module):
+    """
+    What else the parameters of S could be: one more bottleneck of two 3x3 convolutions, through 2c / 9 channels. It has
+    S's 4c^2 parameters and 8c^2 FLOPs per token, more than S, so that what S gains over it attention has brought.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        narrow = max(1, round(2 * c / 9))
+        self.down = nn.Conv2d(c, narrow, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(narrow, eps=1e-3, momentum=0.03)
+        self.up = nn.Conv2d(narrow, c, 3, padding=1, bias=False)
+
+    def forward(self, x, memory=None):
+        """x (B, C, H, W) -> (B, C, H, W). A convolution cannot look at memory, and does not."""
+        return self.up(F.silu(self.norm(self.down(x))))
+
+
 # --- the gate, and all letters ---------------------------------------------------------------------------------------
 
 class Gated(nn.Module):
@@ -493,6 +514,8 @@ def make_block(letter, c, cfg):
         raise InputError(f'attn has no letter {letter!r}, choose among\n{known}')
     if letter in ATTENTION:
         return Gated(ATTENTION[letter](c, cfg), cfg.gate)
+    if letter == 'C':
+        return Gated(Bottleneck(c), cfg.gate)
     if letter == '-':
         return None
     k, select = {'S': (cfg.k, cfg.select), 'F': (0, 'l2sq'), 'D': (0, 'none')}[letter]

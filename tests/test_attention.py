@@ -164,7 +164,8 @@ def test_costs_are_what_help_says():
     tiles, padded = 9 * 15, 9 * 15 * 64                              # 68x120 takes 9x15 tiles of 64 cells
     want = {'W': 8 * c**2 * N + 4 * 256 * c * padded, 'L': 1.5 * c**2 * N + N**2 * c + 2 * 2 * c**2 * c / 4,
             'N': 8 * c**2 * N + 6 * c * N + 4 * c * (tiles + 512) * padded, 'K': 8 * c**2 * N + 4 * N**2 * c,
-            'M': 0, 'T': 8 * k * c**2 + 4 * k**2 * c, 'S': 2 * N * c**2 + 2 * c**3 + 4 * k * c**2 + 4 * k**2 * c}
+            'M': 0, 'C': 36 * c * 114 * N,
+            'T': 8 * k * c**2 + 4 * k**2 * c, 'S': 2 * N * c**2 + 2 * c**3 + 4 * k * c**2 + 4 * k**2 * c}
     for letter, flops in want.items():
         with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as counter:
             make_block(letter, c, cfg)(torch.empty(1, c, H, W))
@@ -172,8 +173,18 @@ def test_costs_are_what_help_says():
         assert abs(counted - flops) <= 1e-3 * flops, f'{letter}: {counted:.4g}, HELP says {flops:.4g}'
 
 
+def test_the_convolutions_cost_what_S_does_and_see_two_cells_far():
+    block, sparse = (make_block(letter, 128, config()) for letter in 'CS')
+    count, want = (sum(p.numel() for p in b.parameters()) for b in (block, sparse))
+    assert abs(count / want - 1) < 0.02
+    x = torch.randn(1, 128, 9, 9, requires_grad=True)
+    block.mixer.eval()(x)[0, :, 4, 4].sum().backward()
+    rows, columns = x.grad.abs().sum((0, 1)).nonzero(as_tuple=True)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 6, 2, 6)
+
+
 def test_make_block_and_fallback_line(capsys):
-    assert make_block('-', 16, config()) is None and set(HELP) == set(ATTENTION) | set('-SFD')
+    assert make_block('-', 16, config()) is None and set(HELP) == set(ATTENTION) | set('-SFDC')
     for letter, k, select in (('S', 20, 'l2sq'), ('F', 0, 'l2sq'), ('D', 0, 'none')):
         block = make_block(letter, 16, config())
         assert isinstance(block, SparseGlobalBlockGated) and (block.k, block.select) == (k, select)
