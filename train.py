@@ -74,6 +74,7 @@ arch = 'hsvdet'                                                    # hsvdet, whi
 epochs: int | float = 100
 warmup_epochs: int | float = 3                                                        # stage 1
 no_aug_epochs: int | float = 10                          # stage 3, the last ones: Mosaic and MixUp off, lr at lr_final
+min_steps = 0                       # > 0: few images get more epochs, so that the run has this many steps, stages alike
 max_steps = 0                                                # > 0: stop here, the schedule unchanged (tests, profiles)
 batch_size = 16                                                       # images a step, over all ranks and micro-batches
 grad_accum = 1                                                   # micro-batches a step: less memory, the same gradient
@@ -216,11 +217,17 @@ if make_data and is_main_process and not os.path.exists(train_data) and (train_d
 if ddp:
     dist.barrier()
 earlier = config['frames'] if arch == 'hsvdet' and 'time' in config['memory'] else 0   # frames that come with an image
-train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cache_mb,
-                             no_aug_epoch=epochs - no_aug_epochs, frames=earlier)
+train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cache_mb, frames=earlier)
 val_set = DetectionDataset(val_data, val_images, imgsz, names=train_set.names, frames=earlier)  # classes in that order
 objects = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.names))
 n_images, micro = len(train_set), batch_size // (grad_accum * world_size)
+longer = max(1.0, min_steps * batch_size / (epochs * n_images))
+if longer > 1:
+    epochs, warmup_epochs, no_aug_epochs, eval_interval = (
+        some * longer for some in (epochs, warmup_epochs, no_aug_epochs, eval_interval))
+    print0(f'{epochs:.0f} epochs instead of {config["epochs"]}: {n_images} images then have {min_steps} steps '
+           '(as you say it: --min_steps=0)')
+train_set.no_aug_epoch = epochs - no_aug_epochs
 total_steps = max(1, round(epochs * n_images / batch_size))
 print0(f'train: {n_images} images, {objects.sum()} objects, {len(objects)} classes; val: {len(val_set)} images')
 for where, s in ((train_data, train_set), (val_data, val_set)):

@@ -1,13 +1,15 @@
-# How few images will do? Blood cells, 320 px, config/finetune_own.py as it is, and with as many steps
-# as 292 images get: smaller batches, more epochs. Subsets by data.py split with --val=0.8288 and --val=0.6575.
+# How few images will do? Blood cells, 320 px: 30 epochs of config/finetune_own.py; as many steps as 292 images get, by
+# smaller batches and more epochs; and as the file is now, with min_steps. Subsets: data.py split with --val=0.8288 and
+# --val=0.6575.
 #   python bench.py experiment experiments/few_images.py
 name = 'few_images'
-train = 'config/finetune_own.py --val_data=data/bccd/trainval_val.json --k=0.25'
+train = 'config/finetune_own.py --val_data=data/bccd/trainval_val.json --k=0.25 --min_steps=0'
 arms = (('292 images', '--train_data=data/bccd/trainval.json'),
         ('100 images', '--train_data=data/bccd/train_100.json'),
         ('100 images as many steps', '--train_data=data/bccd/train_100.json --batch_size=8 --epochs=44'),
         ('51 images', '--train_data=data/bccd/train_51.json'),
-        ('51 images as many steps', '--train_data=data/bccd/train_51.json --batch_size=8 --epochs=88'))
+        ('51 images as many steps', '--train_data=data/bccd/train_51.json --batch_size=8 --epochs=88'),
+        ('51 images as the file is', '--train_data=data/bccd/train_51.json --min_steps=500'))
 seeds = (0,)
 test = 'data/bccd/test.json'
 without = 'block4,block5'

@@ -76,6 +76,14 @@ def assert_same(a, b, where=''):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
+def test_few_images_get_more_epochs(shapes, tmp_path):
+    """12 images, 4 epochs, 4 a step: 12 steps become 24, and the warm-up of one epoch two."""
+    done = train(shapes, tmp_path, '--min_steps=24', '--max_steps=2', '--log_interval=1', '--lr=0.006')
+    assert '8 epochs instead of 4: 12 images then have 24 steps' in done.stdout and '; 24 steps' in done.stdout
+    lr = [float(line.split(',')[2]) for line in (tmp_path / 'log.csv').read_text().splitlines()[1:]]
+    assert lr[:2] == [0.0, 0.001]                                                     # a third of an epoch of two
+
+
 # --- the gradient is that of the whole batch --------------------------------------------------------------------------
 
 @pytest.fixture(scope='session')
