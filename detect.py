@@ -149,8 +149,8 @@ def selected_tokens(model, image, **settings):
     for level, inputs in seen.items():
         _, _, h, w = inputs[0].shape
         stride = 2 ** int(level[1])
-        selected, weights = blocks[level].attention(*inputs)                          # (1, k), (1, heads, k, k)
-        selected, weights = selected[0], weights[0].mean(0)
+        selected, weights = blocks[level].attention(*inputs)                          # (1, k), (1, heads, k, k + T)
+        selected, weights = selected[0], weights[0].mean(0)[:, :selected.shape[1]]    # what goes to memory left out
         kept = weights.sum(1) > 0                                                     # fewer than k under `keep`
         selected, weights = selected[kept], weights[kept][:, kept]
         _, scale, corner = letterbox(image, (h * stride, w * stride))

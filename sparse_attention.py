@@ -304,9 +304,9 @@ class SparseGlobalBlock(nn.Module):
 
     def attention(self, x, memory=None, seen=None, chosen=None):
         """
-        For looking at, with forward's arguments: selected (B, k) row-major cell indices and the weights
-        (B, heads, k, k) among them. A row sums to 1, or to less by what goes to memory; rows and columns of tokens that
-        are not kept are 0.
+        For looking at, with forward's arguments: selected (B, k) row-major cell indices and their weights
+        (B, heads, k, k + T), on each other and on memory. A row sums to 1; rows and columns of tokens that are not kept
+        are 0.
         """
         B, C, H, W = x.shape
         selected, _, kept = self.select_tokens(x) if chosen is None else chosen
@@ -316,7 +316,7 @@ class SparseGlobalBlock(nn.Module):
         t = placed.gather(1, selected[..., None].expand(-1, -1, C))                   # (B, k, C)
         keys = t if memory is None else torch.cat((t, memory.float()), 1)             # (B, k + T, C)
         mask = self.key_mask(t.shape[1], keys.shape[1] - t.shape[1], kept, seen)
-        weights = self.weights(project(t, self.q_proj), project(keys, self.k_proj), mask)[..., :t.shape[1]]
+        weights = self.weights(project(t, self.q_proj), project(keys, self.k_proj), mask)
         return selected, weights if kept is None else weights * kept[:, None, :, None]
 
 

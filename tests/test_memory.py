@@ -40,6 +40,38 @@ def small(seed=0, gate=0.5, **settings):
 
 # --- the block -------------------------------------------------------------------------------------------------------
 
+def test_attention_for_pictures_has_memory_last():
+    """The weights that are shown are those that forward takes: of k tokens, then of memory."""
+    block, x, memory = block_of(), torch.randn(2, 16, 9, 11), torch.randn(2, 5, 16)
+    selected, weights = block.attention(x, memory)
+    assert weights.shape == (2, 1, 20, 25)
+    rows = selected[..., None].expand(-1, -1, 16)
+    t = x.flatten(2).transpose(1, 2).gather(1, rows)                                  # (2, 20, 16)
+    values = torch.cat((t, memory), 1) @ block.dense_weight().flatten(1).T            # (2, 25, 16)
+    y = block(x, memory).flatten(2).transpose(1, 2).gather(1, rows)
+    torch.testing.assert_close(y, t + weights[:, 0] @ values, rtol=1e-5, atol=1e-5)
+
+
+def test_picture_of_a_clip(tmp_path, monkeypatch, capsys):
+    from benches import clip
+    from prepare.clips import make_clips
+    make_clips(str(tmp_path / 'clips'), train=1, val=2)
+    model = small(memory='time', k=(0, 7, 3))
+    model.names, model.imgsz = ['red behind', 'green behind', 'blue behind'], (64, 64)
+    model.detect_head.cls[0][-1].bias.data.fill_(2.0)                                 # it always finds something
+    model.save(tmp_path / 'a.pt')
+    for name, value in dict(weights=str(tmp_path / 'a.pt'), data=str(tmp_path / 'clips' / 'val.json'), clips=(0, 1),
+                            out=str(tmp_path / 'a.png')).items():
+        monkeypatch.setattr(clip, name, value)
+    clip.main()
+    lines = [line.split(': ')[-1].split() for line in capsys.readouterr().out.splitlines() if line.startswith('clip ')]
+    assert [abs(sum(map(float, shares)) - 1) < 0.02 and len(shares) == 3 for shares in lines] == [True, True]
+    assert (tmp_path / 'a.png').stat().st_size > 1000
+    small().save(tmp_path / 'a.pt')
+    with pytest.raises(InputError, match='no memory of frames'):
+        clip.main()
+
+
 @pytest.mark.parametrize('letter, settings', [
     ('S', dict()), ('S', dict(keep='mass:0.3')), ('S', dict(keep='mass:0.3', heads=4, pos=True)),
     ('S', dict(keep='mass:0.1', select='learned')), ('S', dict(keep='mass:0.5', k=0)), ('S', dict(k=500, select='l2')),
