@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def test_blocks_of_a_large_set_are_judged_on_a_part_of_it(folder, monkeypatch):
     model, settings = ev.load_model(str(folder / 'best.pt')), dict(imgsz=64, batch_size=1, rect=False)
     (table,), _ = ev.predict_dataset(model, data, **settings, verbose=False)
     coco_gt = data.coco()
-    whole, without, n = report.ap_without_blocks(model, data, coco_gt, table, None, settings)
+    whole, without, n = report.ap_without_blocks(model, data, coco_gt, table, settings)
     coco_gt['annotations'] = [a for a in coco_gt['annotations'] if a['image_id'] in (5, 7)]
     part = table[(table[:, 0] == 5) | (table[:, 0] == 7)]
     assert n == 2 and whole == ev.coco_summary(ev.run_cocoeval(coco_gt, part)) and without['AP'] != whole['AP']
@@ -177,9 +178,12 @@ def test_from_json_with_and_without_images(folder, tmp_path, monkeypatch, capsys
     page = check_page(tmp_path / 'report.html')
     assert page.figures.keys() == leaves(line).keys() and 'id="pictures"' in page.text
     (tmp_path / 'val.json').write_text((folder / 'val.json').read_text())
-    run(monkeypatch, capsys, data=str(tmp_path / 'val.json'), from_json=str(tmp_path / 'd.json'))
-    page = check_page(tmp_path / 'report.html')
-    assert 'id="pictures"' not in page.text and 'id="mistakes"' in page.text
+    for there in ([], ['0&.png']):                                   # no image, and not all of them: no pictures
+        for name in there:
+            shutil.copy(folder / 'images' / name, tmp_path)
+        run(monkeypatch, capsys, data=str(tmp_path / 'val.json'), from_json=str(tmp_path / 'd.json'))
+        page = check_page(tmp_path / 'report.html')
+        assert 'id="pictures"' not in page.text and 'id="mistakes"' in page.text
 
 
 def test_write_report_at_the_end_of_training(folder, capsys):
@@ -242,14 +246,11 @@ def test_kinds_of_error_by_hand():
                      [1, 50, 57, 10, 10, 0.5, 1],                    # IoU 3/17 with a b
                      [1, 80, 0, 10, 10, 0.4, 1], [2, 0, 0, 10, 10, 0.3, 2],
                      [1, 80, 80, 10, 10, 0.1, 1]])                   # below the threshold
-    mistakes = report.Mistakes(coco_gt, rows[::-1], 0.2)
-    assert mistakes.false.tolist() == [1, 2, 3, 4, 5, 6] and mistakes.kinds.tolist() == [0, 1, 2, 3, 4, 4]
-    assert [(case[0], case[3]) for case in report.suspects(mistakes)] == [(1, 'a 0.40'), (2, 'b 0.30')]
-    assert [case[1] for case in report.largest_missed(mistakes)] == [(50, 50, 60, 60)]
-    counts = mistakes.counts([1, 2])
-    assert np.allclose(counts, [[2, 1, 5, 0.8], [0, 0, 1, 0.3]])
-    assert [box[4] for box in mistakes.true_boxes(1)] == ['found', 'missed']
-    assert [box[4] for box in mistakes.predicted_boxes(1)] == ['found'] + ['false'] * 5
+    true, predicted = report.find_boxes(coco_gt, rows[::-1], 0.2)
+    assert [box.error for box in predicted] == ['', *report.KINDS, report.KINDS[-1]]
+    assert [box.kind for box in predicted] == ['found'] + ['false'] * 6 and [box.image for box in predicted][-1] == 2
+    assert [box.text for box in predicted][-2:] == ['a 0.40', 'b 0.30'] and predicted[1].xyxy == (0, 0, 10, 9)
+    assert true == [(1, (0, 0, 10, 10), 'found', 'a', 0, ''), (1, (50, 50, 60, 60), 'missed', 'b', 0, '')]
 
 
 def test_images_are_chosen_once():
@@ -262,10 +263,10 @@ def test_images_are_chosen_once():
 def test_f1_curve_passes_through_the_best():
     rng = np.random.default_rng(0)
     scores, correct = rng.random(50).round(1), rng.random(50) < 0.5
-    thresholds = np.linspace(0, 1, 11)
-    expected = [2 * correct[scores >= t].sum() / ((scores >= t).sum() + 40) for t in thresholds]
-    assert np.allclose(report.f1_curve(scores, correct, 40, thresholds), expected)
-    assert report.f1_curve(scores[:0], correct[:0], 3, thresholds).tolist() == [0] * 11
+    best = ev.best_f1(SimpleNamespace(matches={1: (scores, correct, 40)}))
+    f1 = report.f1_curve(scores, correct, 40, np.linspace(0, 1, 101).round(2))
+    assert f1.max() == pytest.approx(best['F1'], abs=1e-5) and f1[round(100 * best['score'])] == f1.max()
+    assert report.f1_curve(scores[:0], correct[:0], 3, np.linspace(0, 1, 11)).tolist() == [0] * 11
 
 
 def test_attention_by_hand(folder, monkeypatch):
@@ -275,20 +276,12 @@ def test_attention_by_hand(folder, monkeypatch):
     cross, equal = torch.tensor([[[[0.0, 1], [1, 0]]]]), torch.full((1, 1, 2, 2), 0.5)
     for weights, distance, entropy in ((cross, 3.0, 0.0), (equal, 1.5, math.log(2))):
         monkeypatch.setattr(model.block4, 'attention', lambda x, weights=weights: (torch.tensor([[0, 3]]), weights))
-        seen = report.watch_blocks(model, dataset, [0, 2], (64, 64), 'cpu')['p4']
-        assert (seen['cells'], seen['tokens'], seen['images'], seen['even_distance']) == (16, 2, 2, 1.5)
-        assert seen['distance'] == pytest.approx(distance) and seen['entropy'] == pytest.approx(entropy, abs=1e-6)
-        assert seen['often'].tolist() == [[2, 0, 0, 2]] + [[0] * 4] * 3
+        seen = report.watch_blocks(model, dataset, [0, 2], (64, 64))['p4']
         # the second box covers the centre of cell 3 of the first image; the other image has none
-        assert seen['on_objects'] == pytest.approx(1 / 4) and seen['all_on_objects'] == pytest.approx(1 / 32)
-        assert seen['example']['focus'] == 3
+        figures = [[2, 0.5, 1 / 16, distance, 1.5, entropy], [2, 0, 0, distance, 1.5, entropy]]
+        assert np.allclose(seen['figures'], figures, atol=1e-6)
+        assert seen['often'].tolist() == [[2, 0, 0, 2]] + [[0] * 4] * 3 and seen['focus'] == 3
     assert not model.block4._forward_pre_hooks
-
-
-def test_cells_inside_boxes():
-    centres = np.array([[5.0, 5], [15, 5], [25, 25]])
-    assert report.inside_boxes(centres, np.array([[0.0, 0, 10, 10], [20, 20, 30, 30]])).tolist() == [True, False, True]
-    assert not report.inside_boxes(centres, np.zeros((0, 4))).any()
 
 
 def test_charts_of_odd_numbers():
