@@ -15,8 +15,10 @@ Why no NMS: a grid point decides without knowing its neighbour's decision, so tw
 each other, and a loss that pays one query per object teaches them to agree on who reports it.
 
 What differs from the published model: our trunk instead of a ResNet; padding among the denoising queries has no loss;
-encoder_attn='S' puts the sparse global block in AIFI's place. What is left out: distillation, masks. Boxes are cx, cy,
-w, h in 0..1 inside the decoder and xyxy input pixels outside of it. Modules are called as in transformers' RTDetr.
+encoder_attn='S' puts the sparse global block in AIFI's place. What is left out: distillation, masks. Modules are called
+as in transformers' RTDetr. Boxes are cx, cy, w, h in 0..1 inside the decoder and xyxy input pixels outside of it.
+Shapes: N tokens of the three levels, Q queries that are matched and D that denoise (L = D + Q), M padded objects, K
+classes, nh heads of hs channels.
 
 Papers: DETR, Carion et al. 2020 (2005.12872); deformable attention, Zhu et al. 2020 (2010.04159); denoising and looking
 forward twice, DINO, Zhang et al. 2022 (2203.03605); RT-DETR, Zhao et al. 2023 (2304.08069); RepVGG, Ding et al. 2021
@@ -24,7 +26,7 @@ forward twice, DINO, Zhang et al. 2022 (2203.03605); RT-DETR, Zhao et al. 2023 (
 (2412.04234).
 """
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,12 +38,13 @@ from baselines.dinov2 import VARIANTS, DINOv2
 from checkpoint import fill, read_weights
 from configurator import InputError, build
 from loss import bbox_iou, make_anchor_points
-from model import SCALES, Backbone, Conv, call, make_param_groups, recompute, select_detections
+from model import HSVDET, SCALES, Backbone, Conv, call, make_param_groups, recompute
 from sparse_attention import SparseGlobalBlockGated, autocast_off, sincos_2d
 
 STRIDES = (8, 16, 32)
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 1, 5, 2                                        # of the losses
 CLASS_COST, L1_COST, GIOU_COST = 2, 5, 2                                              # of the matching
+EPS = 1e-5                                              # logits of box coordinates stop at about -11.5 and 11.5
 
 
 @dataclass
@@ -67,32 +70,27 @@ class DETRConfig:
     look_forward_twice: bool = True                          # the box loss of a layer also reaches the layer before it
 
     def __post_init__(self):
-        least = dict(num_classes=1, hidden=1, detr_heads=1, ffn=1, decoder_layers=1, queries=1, points=1, denoising=0,
-                     eval_layers=0, lora_rank=0)
-        for name, value in ((name, getattr(self, name)) for name in least):
-            if type(value) is not int or value < least[name]:
-                raise InputError(f'{name} must be an int of at least {least[name]}, got {value!r}')
-        for ok, message in (
-                (self.scale in SCALES, f'scale must be one of n s m l x, got {self.scale!r}'),
-                (self.backbone in ('', *VARIANTS),
-                 f"backbone must be '' or one of {' '.join(VARIANTS)}, got {self.backbone!r}"),
-                (self.backbone or not self.backbone_weights,
-                 f'backbone_weights={self.backbone_weights} needs backbone=dinov2_s or another of its kind'),
-                (self.hidden % self.detr_heads == 0 and self.hidden % 4 == 0,
-                 f'hidden must be a multiple of 4 and of detr_heads={self.detr_heads}, got {self.hidden}'),
-                (0 <= self.label_noise <= 1, f'label_noise must be in 0..1, got {self.label_noise!r}'),
-                (self.box_noise >= 0, f'box_noise must be at least 0, got {self.box_noise!r}'),
-                (self.class_loss in ('vfl', 'mal'), f'class_loss must be vfl or mal, got {self.class_loss!r}'),
-                (self.encoder_attn in ('F', 'S'), f'encoder_attn must be F or S, got {self.encoder_attn!r}'),
-                (type(self.k) is int and self.k >= 0 or 0 < self.k < 1,
-                 f'k must be a count, a fraction below 1, or 0 for all, got {self.k!r}'),
-                (self.eval_layers <= self.decoder_layers,
-                 f'eval_layers must be at most decoder_layers={self.decoder_layers}, got {self.eval_layers}')):
+        given = vars(self)
+        for name, least in dict(num_classes=1, hidden=1, detr_heads=1, ffn=1, decoder_layers=1, queries=1, points=1,
+                                denoising=0, eval_layers=0, lora_rank=0).items():
+            if type(given[name]) is not int or given[name] < least:
+                raise InputError(f'{name} must be an int of at least {least}, got {given[name]!r}')
+        for name, ok, wanted in (
+                ('scale', self.scale in SCALES, 'one of n s m l x'),
+                ('backbone', self.backbone in ('', *VARIANTS), f"'' or one of {' '.join(VARIANTS)}"),
+                ('backbone_weights', self.backbone or not self.backbone_weights, "'' where backbone is ''"),
+                ('hidden', self.hidden % math.lcm(4, self.detr_heads) == 0,
+                 f'a multiple of 4 and of detr_heads={self.detr_heads}'),
+                ('label_noise', 0 <= self.label_noise <= 1, 'in 0..1'),
+                ('box_noise', self.box_noise >= 0, 'at least 0'),
+                ('class_loss', self.class_loss in ('vfl', 'mal'), 'vfl or mal'),
+                ('encoder_attn', self.encoder_attn in ('F', 'S'), 'F or S'),
+                ('k', type(self.k) is int and self.k >= 0 or 0 < self.k < 1, 'a count, a fraction below 1, or 0: all'),
+                ('eval_layers', self.eval_layers <= self.decoder_layers,
+                 f'at most decoder_layers={self.decoder_layers}')):
             if not ok:
-                raise InputError(message)
+                raise InputError(f'{name} must be {wanted}, got {given[name]!r}')
 
-
-# --- boxes -----------------------------------------------------------------------------------------------------------
 
 def to_pixels(boxes, H, W):
     """(..., 4) cx, cy, w, h in 0..1 -> (..., 4) xyxy in pixels of an H x W image."""
@@ -104,12 +102,6 @@ def from_pixels(boxes, H, W):
     """The inverse of to_pixels."""
     x1, y1, x2, y2 = boxes.float().unbind(-1)
     return torch.stack(((x1 + x2) / 2 / W, (y1 + y2) / 2 / H, (x2 - x1) / W, (y2 - y1) / H), -1)
-
-
-def inverse_sigmoid(p, eps=1e-5):
-    """The logit of p, which stops at about -11.5 and 11.5 for p at 0 and 1 or beyond."""
-    p = p.clamp(0, 1)
-    return torch.log(p.clamp(min=eps) / (1 - p).clamp(min=eps))
 
 
 # --- encoder ---------------------------------------------------------------------------------------------------------
@@ -136,9 +128,10 @@ class RepVGG(nn.Module):
 
     def fuse(self):
         """Moves the 1x1, as the centre of a 3x3, into the 3x3. Their BatchNorms must have been folded before."""
-        self.conv1.conv.weight.data += F.pad(self.conv2.conv.weight.data, (1, 1, 1, 1))
-        self.conv1.conv.bias.data += self.conv2.conv.bias.data
-        self.conv2 = None
+        if self.conv2 is not None:
+            self.conv1.conv.weight.data += F.pad(self.conv2.conv.weight.data, (1, 1, 1, 1))
+            self.conv1.conv.bias.data += self.conv2.conv.bias.data
+            self.conv2 = None
 
 
 class CSPRep(nn.Module):
@@ -161,17 +154,17 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(c, c) for _ in range(4))
-        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+        for linear in self.children():
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x, position, mask=None):
         """mask (L, L) bool: True where the row's token may attend to the column's."""
         placed = x + position
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2)                   # (B, nh, L, hs) each
-                   for t in (self.q_proj(placed), self.k_proj(placed), self.v_proj(x)))
+        q, k, v = self.q_proj(placed), self.k_proj(placed), self.v_proj(x)            # (B, L, C) each
+        wide = torch.promote_types(q.dtype, torch.float32)
         with autocast_off(x):           # float32: a softmax over bf16 logits is coarse, and on a CPU twice as slow
-            q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
+            q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2).to(wide) for t in (q, k, v))  # (B, nh, L, hs)
             y = F.scaled_dot_product_attention(q, k, v, mask)                         # (B, nh, L, hs)
         return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))                  # (B, L, C)
 
@@ -180,27 +173,23 @@ class AIFI(nn.Module):
     """
     Attention-based intra-scale feature interaction: one post-norm transformer layer, (B, C, H, W) -> the same.
 
-    With encoder_attn='S' the sparse global block attends instead, with as many heads, positions, and its gate open, so
-    that the difference is who attends to whom (and the block's norm on q and k). P5 of 640 px has 400 tokens, of which
-    k=512 are all: for a sparse layer take k=100, or 0.25.
+    encoder_attn='S': the sparse global block attends instead, with as many heads, positions, its gate open and its norm
+    on q and k. P5 of 640 px has 400 tokens, of which k=512 are all: for a sparse layer take k=100, or 0.25.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        c, sparse = cfg.hidden, cfg.encoder_attn == 'S'
-        self.self_attn = None if sparse else Attention(c, cfg.detr_heads)
-        self.block = SparseGlobalBlockGated(c, k=cfg.k, heads=cfg.detr_heads, pos=True, gate='none') if sparse else None
+        c, nh, sparse = cfg.hidden, cfg.detr_heads, cfg.encoder_attn == 'S'
+        self.self_attn = None if sparse else Attention(c, nh)
+        self.block = SparseGlobalBlockGated(c, k=cfg.k, heads=nh, pos=True, gate='none') if sparse else None
         self.norm1 = nn.LayerNorm(c)
-        self.fc1 = nn.Linear(c, cfg.ffn)
-        self.fc2 = nn.Linear(cfg.ffn, c)
+        self.fc1, self.fc2 = nn.Linear(c, cfg.ffn), nn.Linear(cfg.ffn, c)
         self.norm2 = nn.LayerNorm(c)
 
     def forward(self, x):
         B, C, H, W = x.shape
-        if self.block is not None:
-            t = self.block(x).flatten(2).transpose(1, 2)                             # (B, N, C), its residual included
-        else:
-            t = x.flatten(2).transpose(1, 2)                                          # (B, N, C)
+        t = (x if self.block is None else self.block(x)).flatten(2).transpose(1, 2)   # (B, N, C)
+        if self.block is None:                                                        # the block's residual is in it
             t = t + self.self_attn(t, sincos_2d(H, W, C, x.device).to(x.dtype))
         t = self.norm1(t)
         t = self.norm2(t + self.fc2(F.gelu(self.fc1(t))))
@@ -223,8 +212,7 @@ class HybridEncoder(nn.Module):
     def forward(self, features):
         p3, p4, p5 = (proj(f) for proj, f in zip(self.input_proj, features, strict=True))
         n5 = self.lateral_convs[0](self.aifi(p5))
-        n4 = self.fpn_blocks[0](torch.cat((F.interpolate(n5, scale_factor=2), p4), 1))
-        n4 = self.lateral_convs[1](n4)
+        n4 = self.lateral_convs[1](self.fpn_blocks[0](torch.cat((F.interpolate(n5, scale_factor=2), p4), 1)))
         n3 = self.fpn_blocks[1](torch.cat((F.interpolate(n4, scale_factor=2), p3), 1))
         m4 = self.pan_blocks[0](torch.cat((self.downsample_convs[0](n3), n4), 1))
         m5 = self.pan_blocks[1](torch.cat((self.downsample_convs[1](m4), n5), 1))
@@ -257,19 +245,17 @@ class DeformableAttention(nn.Module):
         self.heads, self.points = heads, points
         self.sampling_offsets = nn.Linear(c, heads * len(STRIDES) * points * 2)
         self.attention_weights = nn.Linear(c, heads * len(STRIDES) * points)
-        self.value_proj = nn.Linear(c, c)
-        self.output_proj = nn.Linear(c, c)
+        self.value_proj, self.output_proj = nn.Linear(c, c), nn.Linear(c, c)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for parameter in (self.sampling_offsets.weight, *self.attention_weights.parameters()):
+            nn.init.zeros_(parameter)
         # at first head h looks in direction 2 pi h / heads, 1/P, 2/P .. P/P of the way to the border of the box
         angle = torch.arange(heads) * (2 * math.pi / heads)
         direction = torch.stack((angle.cos(), angle.sin()), -1)                       # (nh, 2)
         direction = direction / direction.abs().amax(-1, keepdim=True)
         start = direction[:, None, None] * torch.arange(1, points + 1)[:, None]       # (nh, 1, P, 2)
-        for linear in (self.sampling_offsets, self.attention_weights):
-            nn.init.zeros_(linear.weight)
-        for linear in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(linear.weight)
-        for linear in (self.attention_weights, self.value_proj, self.output_proj):
-            nn.init.zeros_(linear.bias)
         self.sampling_offsets.bias.data = start.expand(-1, len(STRIDES), -1, -1).flatten()
 
     def forward(self, x, reference, memory, shapes):
@@ -283,10 +269,8 @@ class DeformableAttention(nn.Module):
             centre, side = reference[:, :, None, None, None].split(2, -1)             # (B, L, 1, 1, 1, 2) each
             grid = 2 * (centre + offsets / P * side * 0.5) - 1                        # -1..1, as grid_sample has it
             grid = grid.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)                       # (3, B * nh, L, P, 2)
-            samples = []
-            for v, at, (H, W) in zip(value, grid.unbind(), shapes, strict=True):
-                v = v.float().reshape(B * nh, C // nh, H, W)
-                samples.append(F.grid_sample(v, at, 'bilinear', 'zeros', align_corners=False))  # (B * nh, hs, L, P)
+            samples = [F.grid_sample(v.float().reshape(B * nh, C // nh, H, W), at, align_corners=False)
+                       for v, at, (H, W) in zip(value, grid.unbind(), shapes, strict=True)]  # (B * nh, hs, L, P) each
             weights = weights.transpose(1, 2).reshape(B * nh, 1, L, -1)               # (B * nh, 1, L, 3P)
             y = (torch.cat(samples, -1) * weights).sum(-1)                            # (B * nh, hs, L)
         return self.output_proj(y.view(B, C, L).transpose(1, 2).to(x.dtype))          # (B, L, C)
@@ -302,8 +286,7 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(c)
         self.encoder_attn = DeformableAttention(c, cfg.detr_heads, cfg.points)
         self.norm2 = nn.LayerNorm(c)
-        self.fc1 = nn.Linear(c, cfg.ffn)
-        self.fc2 = nn.Linear(cfg.ffn, c)
+        self.fc1, self.fc2 = nn.Linear(c, cfg.ffn), nn.Linear(cfg.ffn, c)
         self.norm3 = nn.LayerNorm(c)
 
     def forward(self, x, position, reference, memory, shapes, mask):
@@ -312,54 +295,37 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.fc2(F.relu(self.fc1(x))))                          # (B, L, C)
 
 
-# --- denoising -------------------------------------------------------------------------------------------------------
+# --- denoising, matching, losses -------------------------------------------------------------------------------------
 
-def denoising_queries(targets, size, cfg):
+def denoising_queries(targets, size, cfg, Q):
     """
-    -> disturbed labels (B, D), K for padding, boxes (B, D, 4) cx, cy, w, h, and the number of groups; D = 2 M groups.
+    Disturbed objects, D = 2 M groups of them: labels (B, D), K for padding, boxes (B, D, 4) cx, cy, w, h, and the mask
+    (D + Q, D + Q) bool: may the row's query attend to the column's?
 
     A group is M positives, whose corners move by less than half a side and which must find their object again, then M
-    negatives, which move by more and must say "background". Random numbers come from PyTorch's global CPU generator;
-    how many are drawn depends on the shapes only.
+    negatives, which move by more and must say "background".
     """
-    labels, boxes = targets['labels'], targets['boxes']
+    labels, device = targets['labels'], targets['labels'].device
     B, M = labels.shape
     groups = max(1, cfg.denoising // M)
     D = 2 * M * groups
-    slot, negative = torch.arange(D, device=labels.device) % M, torch.arange(D) // M % 2  # (D,) each
-    redrawn = (torch.rand(B, D) < cfg.label_noise).to(labels.device, non_blocking=True)
-    other = torch.randint(cfg.num_classes, (B, D)).to(labels.device, non_blocking=True)
+    # 1) draw from PyTorch's global CPU generator; how many numbers depends on the shapes only
+    redrawn, other = torch.rand(B, D) < cfg.label_noise, torch.randint(cfg.num_classes, (B, D))
     sign = torch.randint(2, (B, D, 4)) * 2 - 1
-    shift = ((torch.rand(B, D, 4) + negative[:, None]) * sign).to(boxes.device, non_blocking=True)    # in half sides
-
-    labels = labels[:, slot]                                                          # (B, D)
-    boxes = from_pixels(boxes, *size)[:, slot]                                        # (B, D, 4)
-    padding = labels < 0
+    negative = torch.arange(D)[:, None] // M % 2                                      # (D, 1)
+    shift = (torch.rand(B, D, 4) + negative) * sign                                   # (B, D, 4), in half sides
+    redrawn, other, shift = (t.to(device, non_blocking=True) for t in (redrawn, other, shift))
+    # 2) the objects, 2 groups times one after the other, disturbed
+    labels = labels.repeat(1, 2 * groups)                                             # (B, D)
+    boxes = from_pixels(targets['boxes'], *size).repeat(1, 2 * groups, 1)             # (B, D, 4)
     half = boxes[..., 2:].repeat(1, 1, 2) / 2                                         # (B, D, 4) w, h, w, h
     corners = (to_pixels(boxes, 1, 1) + shift * half * cfg.box_noise).clamp(0, 1)     # xyxy in 0..1
     boxes = from_pixels(corners, 1, 1).clamp(min=0)            # corners may have passed each other: then the side is 0
-    labels = torch.where(redrawn, other, labels).masked_fill(padding, cfg.num_classes)
-    return labels, boxes.masked_fill(padding[..., None], 0), groups
-
-
-def denoising_mask(D, groups, Q, device):
-    """
-    (D + Q, D + Q) bool: may the row's query attend to the column's? The Q matching queries see each other only, a
-    denoising query sees its group and them; else true boxes would leak to the matching queries, or between groups.
-    """
-    group = torch.arange(D, device=device) // (D // groups)
-    group = torch.cat((group, group.new_full((Q,), -1)))                              # (D + Q,)
-    return (group[:, None] == group) | (group == -1)
-
-
-# --- matching and losses ---------------------------------------------------------------------------------------------
-
-def finite(cost):
-    """NaN and infinity, at which the solver raises, become the largest finite cost: the last choice."""
-    bad = ~np.isfinite(cost)
-    if not bad.any():
-        return cost
-    return np.where(bad, 0 if bad.all() else cost[~bad].max(), cost)
+    labels = torch.where(redrawn, other, labels).masked_fill(labels < 0, cfg.num_classes)
+    # 3) matching queries, as group -1, see each other only, a denoising query its group and them: else true boxes would
+    # leak to the matching queries, or between groups
+    group = F.pad(torch.arange(D, device=device) // (2 * M), (0, Q), value=-1)        # (D + Q,)
+    return labels, boxes, (group[:, None] == group) | (group == -1)
 
 
 @torch.no_grad()
@@ -369,48 +335,39 @@ def match(layers, targets, size):
     -> for each layer the cheapest pairs, (3, n): image, query, object. All objects are in them if Q is large enough.
     """
     labels, gt_boxes = targets['labels'], targets['boxes'].float()
-    columns = labels.clamp(min=0)[:, None].expand(-1, layers[0][0].shape[1], -1)      # (B, Q, M)
     costs = []
     for logits, boxes in layers:
-        p = logits.sigmoid().gather(2, columns)                                       # (B, Q, M)
+        p = logits.sigmoid().take_along_dim(labels.clamp(min=0)[:, None], 2)          # (B, Q, M)
         positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()                            # focal loss as this class,
         negative = 0.75 * p ** 2 * -(1 - p + 1e-8).log()                              # and as background
         l1 = (boxes[:, :, None] - from_pixels(gt_boxes, *size)[:, None]).abs().sum(-1)
         giou = bbox_iou(to_pixels(boxes, *size)[:, :, None], gt_boxes[:, None], 'giou')
         costs.append(CLASS_COST * (positive - negative) + L1_COST * l1 - GIOU_COST * giou)
-    costs = torch.stack(costs).cpu().numpy()                                          # all layers in one transfer
-    is_object = (labels >= 0).cpu().numpy()
-    pairs = []
+    # all layers in one transfer; NaN and infinity, at which the solver raises, become the last choice
+    costs = torch.stack(costs).nan_to_num(1e4, 1e4, 1e4).cpu().numpy()
+    is_object, pairs = (labels >= 0).cpu().numpy(), []
     for layer in costs:
-        found = []
         for image, cost in enumerate(layer):
             objects = is_object[image].nonzero()[0]
-            query, column = linear_sum_assignment(finite(cost[:, objects]))
-            found.append(np.stack((np.full_like(query, image), query, objects[column])))
-        pairs.append(np.concatenate(found, 1))
-    counts = [p.shape[1] for p in pairs]
-    return torch.from_numpy(np.concatenate(pairs, 1)).to(labels.device).split(counts, 1)
+            query, column = linear_sum_assignment(cost[:, objects])
+            pairs.append(np.stack((np.full_like(query, image), query, objects[column])))
+    return torch.from_numpy(np.concatenate(pairs, 1)).to(labels.device).chunk(len(layers), 1)  # as many in each layer
 
 
 def class_loss(logits, iou, positive, kind):
-    """
-    Elementwise, all (...): binary cross entropy towards the IoU of the matched box, 0 where there is none, weighted.
-
-    vfl  target IoU; positives weigh their IoU, negatives 0.75 p^2: a bad match is hardly taught
-    mal  target IoU^1.5; positives weigh 1, negatives p^1.5: a bad match is taught not to be confident
-    """
+    """Elementwise, all (...): weighted binary cross entropy towards the IoU of the matched box, or 0."""
     p = logits.detach().sigmoid()
-    if kind == 'vfl':
+    if kind == 'vfl':                                                                 # a bad match is hardly taught
         target, weight = iou, torch.where(positive, iou, 0.75 * p ** 2)
-    else:
+    else:                                                         # mal: a bad match is taught not to be confident
         target, weight = iou ** 1.5, torch.where(positive, 1.0, p ** 1.5)
     return weight * F.binary_cross_entropy_with_logits(logits, target, reduction='none')
 
 
-def set_loss(logits, boxes, pairs, targets, size, kind, counted=None):
+def set_loss(logits, boxes, pairs, targets, size, kind, counted=True):
     """
     One layer: logits (B, Q, K), boxes (B, Q, 4), pairs (3, n) as from `match` -> dict(cls=, l1=, giou=), weighted sums.
-    counted (B, Q): which queries have a class loss, None for all. Without objects, sums over nothing keep the graph.
+    counted (B, Q, 1): which queries have a class loss. Without objects, sums over nothing keep the graph.
     """
     image, query, gt = pairs
     box, gt_box = boxes[image, query], targets['boxes'][image, gt].float()            # (n, 4) each
@@ -418,11 +375,9 @@ def set_loss(logits, boxes, pairs, targets, size, kind, counted=None):
     at = image, query, targets['labels'][image, gt]
     iou, positive = torch.zeros_like(logits), torch.zeros_like(logits, dtype=torch.bool)
     iou[at], positive[at] = bbox_iou(pixels.detach(), gt_box), True
-    cls = class_loss(logits, iou, positive, kind)                                     # (B, Q, K)
-    if counted is not None:
-        cls = cls * counted[..., None]
-    l1 = (box - from_pixels(gt_box, *size)).abs()
-    giou = 1 - bbox_iou(pixels, gt_box, 'giou')
+    cls = class_loss(logits, iou, positive, kind) * counted                           # (B, Q, K)
+    l1 = (box - from_pixels(gt_box, *size)).abs()                                     # (n, 4)
+    giou = 1 - bbox_iou(pixels, gt_box, 'giou')                                       # (n,)
     return dict(cls=CLASS_WEIGHT * cls.sum(), l1=L1_WEIGHT * l1.sum(), giou=GIOU_WEIGHT * giou.sum())
 
 
@@ -439,7 +394,7 @@ class DETRHead(nn.Module):
 
     def __init__(self, channels, cfg):
         super().__init__()
-        c, K = cfg.hidden, cfg.num_classes
+        c, K, layers = cfg.hidden, cfg.num_classes, range(cfg.decoder_layers)
         self.cfg = cfg
         self.encoder = HybridEncoder(channels, cfg)
         self.decoder_input_proj = nn.ModuleList(ConvNorm(c, c, act=False) for _ in STRIDES)
@@ -448,42 +403,40 @@ class DETRHead(nn.Module):
         self.enc_bbox_head = MLP(c, c, c, 4)
         self.denoising_class_embed = nn.Embedding(K + 1, c, padding_idx=K) if cfg.denoising else None
         self.query_pos_head = MLP(4, 2 * c, c)                                        # decoder
-        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder_layers))
-        self.class_embed = nn.ModuleList(nn.Linear(c, K) for _ in range(cfg.decoder_layers))
-        self.bbox_embed = nn.ModuleList(MLP(c, c, c, 4) for _ in range(cfg.decoder_layers))
+        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in layers)
+        self.class_embed = nn.ModuleList(nn.Linear(c, K) for _ in layers)
+        self.bbox_embed = nn.ModuleList(MLP(c, c, c, 4) for _ in layers)
         for linear in (self.enc_score_head, *self.class_embed):
             nn.init.constant_(linear.bias, -math.log(99))                             # every score starts near 0.01
         for mlp in (self.enc_bbox_head, *self.bbox_embed):
-            nn.init.zeros_(mlp.layers[-1].weight)                                     # a box starts at its reference
-            nn.init.zeros_(mlp.layers[-1].bias)
+            for parameter in mlp.layers[-1].parameters():
+                nn.init.zeros_(parameter)                                             # a box starts at its reference
         for linear in (self.enc_output[0], *self.query_pos_head.layers):
             nn.init.xavier_uniform_(linear.weight)
 
-    def make_memory(self, maps):
-        """Three encoded maps -> memory (B, N, C), anchors (N, 4) box logits, valid (N, 1), shapes (H, W) per level."""
-        H, W = (STRIDES[0] * side for side in maps[0].shape[2:])
-        memory = [proj(m).flatten(2) for proj, m in zip(self.decoder_input_proj, maps, strict=True)]
+    def select_queries(self, maps, H, W):
+        """
+        Three encoded maps of H x W images -> memory (B, N, C) and the shapes of its levels; the Q tokens with the
+        highest class logit, at which the decoder starts, detached: content (B, Q, C), reference (B, Q, 4) box logits;
+        and, for a loss of their own, their logits (B, Q, K) and boxes (B, Q, 4).
+        """
+        levels = [proj(m).flatten(2) for proj, m in zip(self.decoder_input_proj, maps, strict=True)]
+        memory = torch.cat(levels, 2).transpose(1, 2)                                 # (B, N, C)
+        # 1) a token's box starts as an anchor around its cell: 0.05, 0.1, 0.2 of the image wide and high. Cells too
+        # close to the border, where a logit grows without bound, propose nothing
         points, strides = make_anchor_points(maps, STRIDES)                           # (N, 2), (N, 1) pixels
-        side = strides[:, 0] * (0.05 / STRIDES[0])                                    # 0.05, 0.1, 0.2 of the image
+        side = strides[:, 0] * (0.05 / STRIDES[0])
         anchors = torch.stack((points[:, 0] / W, points[:, 1] / H, side, side), -1)   # (N, 4) cx, cy, w, h
         valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)           # (N, 1), false at the border
-        anchors = torch.log(anchors / (1 - anchors)).masked_fill(~valid, torch.inf)
-        return torch.cat(memory, 2).transpose(1, 2), anchors, valid, [tuple(m.shape[2:]) for m in maps]
-
-    def select_queries(self, memory, anchors, valid):
-        """
-        The Q tokens with the highest class logit -> content (B, Q, C) and reference (B, Q, 4) box logits, at which the
-        decoder starts, detached; and, for a loss of their own, logits (B, Q, K) and boxes (B, Q, 4).
-        """
+        anchors = anchors.logit().masked_fill(~valid, torch.inf)
+        # 2) those that are surest of some class are the queries
         tokens = self.enc_output(memory * valid)                                      # (B, N, C)
         logits = self.enc_score_head(tokens).float()                                  # (B, N, K)
         Q = torch.sym_min(self.cfg.queries, logits.shape[1])                          # a symbol, in dynamic exports
-        best = logits.detach().amax(-1).topk(Q, 1).indices[..., None]                 # (B, Q, 1)
-        content = tokens.gather(1, best.expand(-1, -1, tokens.shape[2]))              # (B, Q, C)
-        anchors = anchors.expand(tokens.shape[0], -1, -1).gather(1, best.expand(-1, -1, 4))
-        reference = self.enc_bbox_head(content).float() + anchors                     # (B, Q, 4)
-        logits = logits.gather(1, best.expand(-1, -1, logits.shape[2]))               # (B, Q, K)
-        return content.detach(), reference.detach(), logits, reference.sigmoid()
+        best = logits.detach().amax(-1).topk(Q, 1).indices                            # (B, Q)
+        content, logits = (t.gather(1, best[..., None].expand(-1, -1, t.shape[2])) for t in (tokens, logits))
+        reference = self.enc_bbox_head(content).float() + anchors[best]                        # (B, Q, 4)
+        return memory, [m.shape[2:] for m in maps], content.detach(), reference.detach(), logits, reference.sigmoid()
 
     def decode(self, x, reference, memory, shapes, mask=None):
         """Content (B, L, C), reference (B, L, 4) box logits -> for each layer logits (B, L, K) and boxes (B, L, 4)."""
@@ -491,101 +444,56 @@ class DETRHead(nn.Module):
         for i in range(self.cfg.decoder_layers if self.training else self.cfg.eval_layers or self.cfg.decoder_layers):
             x = self.layers[i](x, self.query_pos_head(reference.to(x.dtype)), reference, memory, shapes, mask)
             delta = self.bbox_embed[i](x).float()
-            boxes = refined = (delta + inverse_sigmoid(reference)).sigmoid()
+            boxes = refined = (delta + reference.logit(EPS)).sigmoid()
             if before is not None and self.cfg.look_forward_twice:                    # the same numbers, but the loss
-                boxes = (delta + inverse_sigmoid(before)).sigmoid()                   # reaches the layer before, too
+                boxes = (delta + before.logit(EPS)).sigmoid()                   # reaches the layer before, too
             layers.append((self.class_embed[i](x).float(), boxes))
             before, reference = refined, refined.detach()
         return layers
 
     def forward(self, features, targets=None):
-        H, W = (STRIDES[0] * side for side in features[0].shape[2:])
-        memory, anchors, valid, shapes = self.make_memory(self.encoder(features))
-        x, reference, *selected = self.select_queries(memory, anchors, valid)
+        size = tuple(STRIDES[0] * side for side in features[0].shape[2:])
+        memory, shapes, x, reference, *selected = self.select_queries(self.encoder(features), *size)
         D, mask = 0, None
         if targets is not None and self.training and self.cfg.denoising:
-            noisy_labels, noisy_boxes, groups = denoising_queries(targets, (H, W), self.cfg)
+            noisy_labels, noisy_boxes, mask = denoising_queries(targets, size, self.cfg, x.shape[1])
             D = noisy_labels.shape[1]
-            mask = denoising_mask(D, groups, x.shape[1], x.device)
             x = torch.cat((self.denoising_class_embed(noisy_labels).to(x.dtype), x), 1)  # (B, D + Q, C)
-            reference = torch.cat((inverse_sigmoid(noisy_boxes), reference), 1)       # (B, D + Q, 4)
+            reference = torch.cat((noisy_boxes.logit(EPS), reference), 1)       # (B, D + Q, 4)
         layers = self.decode(x, reference, memory, shapes, mask)
-        matching = [(logits[:, D:], boxes[:, D:]) for logits, boxes in layers]
-        raw = to_pixels(matching[-1][1], H, W), matching[-1][0].sigmoid()
+        logits, boxes = (t[:, D:] for t in layers[-1])
+        raw = to_pixels(boxes, *size), logits.sigmoid()
         if targets is None:
             return raw, {}
         with autocast_off(memory):
-            sums = self.matching_losses([*matching, selected], targets, (H, W))
-            if D:
-                denoising = [(logits[:, :D], boxes[:, :D]) for logits, boxes in layers]
-                sums |= self.denoising_losses(denoising, targets, (H, W), groups)
+            sums = self.losses(layers, D, selected, targets, size)
         return raw, {'detr': (sums, (targets['labels'] >= 0).sum().float())}
 
-    def matching_losses(self, layers, targets, size):
-        """layers: the decoder's, then query selection."""
-        found = [set_loss(*layer, pairs, targets, size, self.cfg.class_loss)
-                 for layer, pairs in zip(layers, match(layers, targets, size), strict=True)]
-        last = found.pop(-2)
-        return last | {f'aux_{name}': sum(losses[name] for losses in found) for name in last}
-
-    def denoising_losses(self, layers, targets, size, groups):
-        """The pairs are known: positive s of each group belongs to object s."""
-        is_object = targets['labels'] >= 0                                            # (B, M)
-        image, slot = is_object.nonzero(as_tuple=True)                                # (n,) each
-        start = torch.arange(groups, device=slot.device)[:, None] * 2 * is_object.shape[1]  # (groups, 1)
-        pairs = image.repeat(groups), (start + slot).flatten(), slot.repeat(groups)
-        counted = is_object.repeat(1, 2 * groups)                                     # (B, D)
-        found = [set_loss(*layer, pairs, targets, size, self.cfg.class_loss, counted) for layer in layers]
-        return {f'dn_{name}': sum(losses[name] for losses in found) / groups for name in found[0]}
-
-    @torch.no_grad()
-    def load_transformers(self, arrays):
-        """
-        Weights from a dict of arrays under the keys of transformers' RTDetr, whose trunk and other extras are ignored.
-        Raises InputError where an array is missing or has another shape.
-        """
-        for name, tensor in self.state_dict().items():
-            if name.endswith('num_batches_tracked'):
-                continue
-            key = transformers_key(name)
-            if key not in arrays or arrays[key].shape != tensor.shape:
-                had = f'has shape {tuple(arrays[key].shape)}' if key in arrays else 'is missing'
-                raise InputError(f'RT-DETR weights: {key} {had}, wanted {tuple(tensor.shape)}: check the DETRConfig')
-            tensor.copy_(torch.as_tensor(arrays[key]))
-
-
-def transformers_key(name):
-    """The key in transformers' RTDetr of one of DETRHead's tensors."""
-    if name.split('.')[0] in ('query_pos_head', 'layers', 'class_embed', 'bbox_embed'):
-        name = f'decoder.{name}'
-    name = name.replace('encoder.input_proj', 'encoder_input_proj')
-    conv, bn = ('.0.', '.1.') if '_input_proj' in name else ('.conv.', '.norm.')
-    second = '.final_layer_norm.' if '.aifi.' in name else '.encoder_attn_layer_norm.'
-    for ours, theirs in (('.aifi.', '.aifi.0.layers.0.'), ('.conv.', conv), ('.bn.', bn), ('.fc', '.mlp.fc'),
-                         ('.norm1.', '.self_attn_layer_norm.'), ('.norm2.', second), ('.norm3.', '.final_layer_norm.')):
-        name = name.replace(ours, theirs)
-    return f'model.{name}'
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
-
-def make_backbone(cfg):
-    """model.py's at cfg.scale, trained whole; or a frozen DINOv2 with LoRA adapters: images -> P3, P4, P5."""
-    if not cfg.backbone:
-        return Backbone(cfg.scale)
-    if cfg.backbone_weights:
-        backbone = DINOv2.from_pretrained(cfg.backbone_weights)
-    else:
-        backbone = DINOv2(**VARIANTS[cfg.backbone])
-    if cfg.lora_rank:
-        backbone.add_lora(cfg.lora_rank)
-    return backbone
+    def losses(self, layers, D, selected, targets, size):
+        """Sums by name, of the decoder's layers (B, D + Q, ...) and of query selection (B, Q, ...)."""
+        kind, is_object = self.cfg.class_loss, targets['labels'] >= 0                 # (B, M)
+        matching = [*((logits[:, D:], boxes[:, D:]) for logits, boxes in layers), selected]
+        found = [set_loss(*layer, pairs, targets, size, kind)
+                 for layer, pairs in zip(matching, match(matching, targets, size), strict=True)]
+        sums = found.pop(-2)                                                          # of the last decoder layer
+        sums |= {f'aux_{name}': sum(losses[name] for losses in found) for name in sums}
+        if D:                                                         # positive s of each group belongs to object s
+            groups = D // (2 * is_object.shape[1])
+            image, slot = is_object.nonzero(as_tuple=True)                            # (n,) each
+            start = torch.arange(0, D, D // groups, device=slot.device)[:, None]      # (groups, 1)
+            pairs = image.repeat(groups), (start + slot).flatten(), slot.repeat(groups)
+            counted = is_object.repeat(1, 2 * groups)[..., None]                      # (B, D, 1)
+            found = [set_loss(logits[:, :D], boxes[:, :D], pairs, targets, size, kind, counted)
+                     for logits, boxes in layers]
+            sums |= {f'dn_{name}': sum(losses[name] for losses in found) / groups for name in found[0]}
+        return sums
 
 
 class DETR(nn.Module):
     """
     A detector as HSVDET is one: the same methods, and the same attributes cfg, names, imgsz, fixed_imgsz, nms (never),
-    checkpointing (of the trunk, where most of the memory is) and LOSSES, the names in losses['detr'].
+    checkpointing (of the trunk, where most of the memory is) and LOSSES, the names in losses['detr']. The trunk is
+    model.py's at cfg.scale, trained whole, or a frozen DINOv2 with LoRA adapters.
     """
 
     def __init__(self, cfg):
@@ -593,17 +501,20 @@ class DETR(nn.Module):
         self.cfg = cfg
         self.names = [f'class{i}' for i in range(cfg.num_classes)]
         self.imgsz, self.fixed_imgsz, self.best_f1, self.frames = None, None, None, 0
-        self.checkpointing = False
-        self.nms = False
-        self.LOSSES = tuple(f'{layers}{name}' for layers in ('', 'aux_') + ('dn_',) * (cfg.denoising > 0)
-                            for name in ('cls', 'l1', 'giou'))
-        self.backbone = make_backbone(cfg)
+        self.checkpointing, self.nms = False, False
+        layers = ('', 'aux_', 'dn_') if cfg.denoising else ('', 'aux_')
+        self.LOSSES = tuple(f'{layer}{name}' for layer in layers for name in ('cls', 'l1', 'giou'))
+        if cfg.backbone_weights:
+            self.backbone = DINOv2.from_pretrained(cfg.backbone_weights)
+        else:
+            self.backbone = DINOv2(**VARIANTS[cfg.backbone]) if cfg.backbone else Backbone(cfg.scale)
+        if cfg.backbone and cfg.lora_rank:
+            self.backbone.add_lora(cfg.lora_rank)
         self.head = DETRHead(self.backbone.channels, cfg)
 
     def blocks(self):
         """The attention blocks there are, by level: dict(p5=...) with encoder_attn='S'."""
-        block = self.head.encoder.aifi.block
-        return {} if block is None else dict(p5=block)
+        return dict(p5=self.head.encoder.aifi.block) if self.cfg.encoder_attn == 'S' else {}
 
     def forward(self, images, targets=None):
         """images (B, 3, H, W) in 0..1, H and W multiples of 32 -> raw, losses: see DETRHead."""
@@ -615,44 +526,21 @@ class DETR(nn.Module):
         """raw is decoded already: boxes (B, Q, 4) in input pixels, scores (B, Q, K)."""
         return raw
 
-    def postprocess(self, raw, conf=0.25, iou=0.7, max_det=300, multi_label=False):
-        """
-        raw -> a list of (n, 6) tensors: x1, y1, x2, y2 in input pixels, score, class, by falling score; at most max_det
-        of score above conf, among all Q x K scores (multi_label) or the best of each query. iou is ignored.
-        """
-        return [select_detections(b, s, conf, iou, max_det, multi_label, False) for b, s in zip(*raw, strict=True)]
-
-    @torch.no_grad()
-    def detect(self, images, **settings):
-        """images (B, 3, H, W) in 0..1 -> detections; settings and result of postprocess. The training mode is kept."""
-        was_training = self.training
-        self.eval()
-        try:
-            return self.postprocess(self(images)[0], **settings)
-        finally:
-            self.train(was_training)
+    # word for word HSVDET's: of raw they see what decode() makes of it, and nms is False
+    postprocess, detect, save = HSVDET.postprocess, HSVDET.detect, HSVDET.save
 
     def fuse(self):
-        """Inference form, in place: BatchNorm folded into convolutions, then RepVGG's two into one."""
-        self.eval()
-        if isinstance(self.backbone, DINOv2):
-            self.backbone.merge_lora()
-        modules = list(self.modules())
-        for module in modules:
-            if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
+        """Inference form, in place: HSVDET's; then RepVGG's two convolutions become one, LoRA's adapters none."""
+        HSVDET.fuse(self)
+        for module in self.modules():
+            if isinstance(module, RepVGG):
                 module.fuse()
-        for module in modules:
-            if isinstance(module, RepVGG) and module.conv2 is not None:
-                module.fuse()
-        for block in self.blocks().values():
-            block.fuse()
-        return self.requires_grad_(False)
+            elif isinstance(module, DINOv2):
+                module.merge_lora()
+        return self
 
     def param_groups(self, lr, weight_decay, factors=None):
-        """
-        Optimizer groups by part: backbone, neck (hybrid encoder), block (the sparse block in it) and head (selection,
-        decoder), each twice: what decays, and biases and norms, which do not. factors: part -> learning-rate factor.
-        """
+        """As HSVDET's. The hybrid encoder is the neck, the sparse block in it the block, the rest is the head."""
         part_of = (('backbone.', 'backbone'), ('head.encoder.aifi.block.', 'block'), ('head.encoder.', 'neck'),
                    ('head.', 'head'))
         return make_param_groups(self, part_of, lr, weight_decay, factors)
@@ -663,11 +551,7 @@ class DETR(nn.Module):
 
     def checkpoint(self, **more):
         """What from_pretrained needs (weights in full precision), and whatever else is passed, as one dict."""
-        return dict(arch='rtdetr', model=self.state_dict(), model_config=asdict(self.cfg), names=self.names,
-                    imgsz=self.imgsz, **more)
-
-    def save(self, path, **more):
-        torch.save(self.checkpoint(**more), path)
+        return {**HSVDET.checkpoint(self, **more), 'arch': 'rtdetr'}
 
     @classmethod
     def from_pretrained(cls, path, verbose=True, **overrides):
@@ -677,21 +561,19 @@ class DETR(nn.Module):
         are DETRConfig's fields. Raises InputError.
         """
         saved = read_weights(path)
-        ours = saved['arch'] == 'rtdetr'
-        known = dict(scale=saved['config']['scale'], num_classes=len(saved['names']))
-        if ours:                                                                     # DINOv2's weights are in the file
-            known = {**saved['config'], 'backbone_weights': ''}
-        cfg = build(DETRConfig, {**known, **overrides})
+        ours, weights, names = saved['arch'] == 'rtdetr', saved['weights'], saved['names']
+        known = saved['config'] if ours else dict(scale=saved['config']['scale'], num_classes=len(names))
+        cfg = build(DETRConfig, {**known, 'backbone_weights': '', **overrides})      # DINOv2's weights are in the file
         model = cls(cfg)
         model.imgsz = saved['imgsz']
-        if cfg.num_classes == len(saved['names']):
-            model.names = list(saved['names'])
-        class_parts = ('head.enc_score_head', 'head.class_embed', 'head.denoising_class_embed')
+        other_classes = cfg.num_classes != len(names)
+        if not other_classes:
+            model.names = list(names)
+        by_class = ('head.enc_score_head', 'head.class_embed', 'head.denoising_class_embed')
         optional = ('head.encoder.aifi.block', 'head.encoder.aifi.self_attn', 'head.denoising_class_embed',
-                    'head.layers', 'head.class_embed', 'head.bbox_embed')
-        fill(model, saved['weights'], path, verbose=verbose,
-             may_be_fresh=lambda name: (name.startswith(optional) and name not in saved['weights']
-                                        or cfg.num_classes != known['num_classes'] and name.startswith(class_parts)
-                                        or not ours and not name.startswith('backbone.')),
-             may_be_left=lambda name: name.startswith(optional) or not ours and not name.startswith('backbone.'))
+                    'head.layers', 'head.class_embed', 'head.bbox_embed') if ours else 'head.'
+        fill(model, weights, path, verbose=verbose,
+             may_be_fresh=lambda name: (name.startswith(optional) and name not in weights
+                                        or other_classes and name.startswith(by_class)),
+             may_be_left=lambda name: name.startswith(optional) if ours else not name.startswith('backbone.'))
         return model

@@ -90,11 +90,25 @@ def close(got, want):
     torch.testing.assert_close(got, want, rtol=0, atol=3e-5 * want.abs().max().item())
 
 
+def transformers_key(name):
+    """The key in transformers' RTDetr of one of DETRHead's tensors."""
+    if name.split('.')[0] in ('query_pos_head', 'layers', 'class_embed', 'bbox_embed'):
+        name = f'decoder.{name}'
+    name = name.replace('encoder.input_proj', 'encoder_input_proj')
+    conv, bn = ('.0.', '.1.') if '_input_proj' in name else ('.conv.', '.norm.')
+    second = '.final_layer_norm.' if '.aifi.' in name else '.encoder_attn_layer_norm.'
+    for ours, theirs in (('.aifi.', '.aifi.0.layers.0.'), ('.conv.', conv), ('.bn.', bn), ('.fc', '.mlp.fc'),
+                         ('.norm1.', '.self_attn_layer_norm.'), ('.norm2.', second), ('.norm3.', '.final_layer_norm.')):
+        name = name.replace(ours, theirs)
+    return f'model.{name}'
+
+
 @pytest.fixture
 def reference():
     """The head with the reference's weights, its features, and the targets."""
     head = make_head(denoising=0, look_forward_twice=False).eval()
-    head.load_transformers({key[len('weight:'):]: value for key, value in REFERENCE.items() if 'weight:' in key})
+    head.load_state_dict({name: ref(f'weight:{transformers_key(name)}') for name in head.state_dict()
+                          if not name.endswith('num_batches_tracked')}, strict=False)
     targets = make_targets([6, 1])
     for i in (0, 1):
         n = len(ref(f'gt_labels_{i}'))
@@ -108,8 +122,7 @@ def test_reference_stages(reference):
     maps = head.encoder(features)
     for i, m in zip((3, 4, 5), maps, strict=True):
         close(m, ref(f'encoded_p{i}'))
-    memory, anchors, valid, shapes = head.make_memory(maps)
-    x, start, logits, boxes = head.select_queries(memory, anchors, valid)
+    memory, shapes, x, start, logits, boxes = head.select_queries(maps, *SIZE)
     close(start, ref('init_reference'))
     close(logits, ref('enc_topk_logits'))
     close(boxes, ref('enc_topk_boxes'))
@@ -160,15 +173,6 @@ def test_look_forward_twice_changes_gradients_only(reference):
         close(b, a)
 
 
-def test_load_transformers_refuses_what_does_not_fit(reference):
-    weights = {key[len('weight:'):]: value for key, value in REFERENCE.items() if 'weight:' in key}
-    with pytest.raises(InputError, match=r'enc_score_head.weight has shape \(5, 32\), wanted \(4, 32\)'):
-        make_head(denoising=0, num_classes=4).load_transformers(weights)
-    del weights['model.decoder.layers.1.mlp.fc2.bias']
-    with pytest.raises(InputError, match='layers.1.mlp.fc2.bias is missing'):
-        make_head(denoising=0).load_transformers(weights)
-
-
 def test_parameter_counts_of_the_published_model():
     """RT-DETR-R50 without its ResNet: 11.95 M in the encoder, 7.47 M in the decoder."""
     with torch.device('meta'):
@@ -196,11 +200,7 @@ def test_class_losses_by_hand():
         assert got.item() == pytest.approx(weight * (1.313262 - target), abs=1e-5)
 
 
-def test_nan_and_infinite_costs_become_the_largest_finite_one():
-    cost = np.array([[np.nan, 1.0], [np.inf, -3.0], [2.0, -np.inf]], dtype=np.float32)
-    np.testing.assert_array_equal(detr.finite(cost), [[2, 1], [2, -3], [2, 2]])
-    assert np.isfinite(detr.finite(np.full((3, 2), np.nan))).all()
-    assert detr.finite(np.full((3, 0), np.nan)).shape == (3, 0)
+def test_queries_with_nan_or_infinite_costs_are_the_last_choice():
     targets = make_targets([3, 2])
     logits, boxes = torch.randn(2, 20, 5), torch.rand(2, 20, 4) * 0.5 + 0.1
     logits[:, ::2] = torch.nan                                                        # half of the queries
@@ -208,6 +208,9 @@ def test_nan_and_infinite_costs_become_the_largest_finite_one():
     (image, query, gt), _ = match([(logits, boxes), (logits * torch.nan, boxes)], targets, SIZE)
     assert image.tolist() == [0, 0, 0, 1, 1] and sorted(gt[:3].tolist()) == [0, 1, 2]
     assert (query % 2 == 1).all(), 'queries with finite costs are preferred'
+    boxes[:, 1::2] *= -torch.inf
+    image, query, gt = match([(logits, boxes)], targets, SIZE)[0]
+    assert image.tolist() == [0, 0, 0, 1, 1] and len(set(query[:3].tolist())) == 3
 
 
 def test_each_image_is_matched_alone_and_padding_is_ignored():
@@ -269,9 +272,9 @@ def test_autocast(dtype, encoder_attn):
 def test_denoising_queries():
     targets, cfg = make_targets([3, 1], K=50), DETRConfig(**{**TINY, 'num_classes': 50, 'denoising': 1500})
     torch.manual_seed(0)
-    labels, boxes, groups = detr.denoising_queries(targets, SIZE, cfg)
-    M, D = 3, labels.shape[1]
-    assert groups == 500 and D == 2 * M * groups and boxes.shape == (2, D, 4)
+    labels, boxes, mask = detr.denoising_queries(targets, SIZE, cfg, 7)
+    M, D, groups = 3, labels.shape[1], 500
+    assert D == 2 * M * groups and boxes.shape == (2, D, 4) and mask.shape == (D + 7, D + 7)
     padding = (targets['labels'] < 0).repeat(1, 2 * groups)
     assert (labels[padding] == 50).all() and (boxes[padding] == 0).all()
     true = targets['labels'].repeat(1, 2 * groups)
@@ -287,21 +290,21 @@ def test_denoising_queries():
     assert shift[inside & ~negative].max() < 1.001 and shift[inside & negative].min() > 0.999
     assert shift[inside & negative].max() < 2.001 and (inside & negative).sum() > 500
     torch.manual_seed(0)
-    assert torch.equal(detr.denoising_queries(targets, SIZE, cfg)[1], boxes), 'drawn from the global generator'
-    assert detr.denoising_queries(make_targets([30, 2]), SIZE, DETRConfig(denoising=10))[2] == 1
+    assert torch.equal(detr.denoising_queries(targets, SIZE, cfg, 7)[1], boxes), 'drawn from the global generator'
+    crowd = detr.denoising_queries(make_targets([30, 2]), SIZE, DETRConfig(denoising=10), 7)
+    assert crowd[0].shape == (2, 60), 'one group at least'
 
 
 @torch.no_grad()
 def test_denoising_masks():
     """What each query may learn of the others, seen in the outputs."""
     head = randomize(make_head()).eval()
-    memory, anchors, valid, shapes = head.make_memory(head.encoder(make_features()))
-    x, reference, _, _ = head.select_queries(memory, anchors, valid)
-    D, groups, Q = 12, 3, 20
+    memory, shapes, x, reference, *_ = head.select_queries(head.encoder(make_features()), *SIZE)
+    D, Q = 12, 20                                                                     # 3 groups of 2 + 2
     g = torch.Generator().manual_seed(3)
     x = torch.cat((torch.randn(2, D, 32, generator=g), x), 1)
     reference = torch.cat((torch.randn(2, D, 4, generator=g), reference), 1)
-    mask = detr.denoising_mask(D, groups, Q, 'cpu')
+    mask = detr.denoising_queries(make_targets([2, 1]), SIZE, DETRConfig(denoising=6), Q)[2]
 
     def changed(start, stop):
         """(D + Q,) bool: which outputs change with the content of queries start..stop?"""

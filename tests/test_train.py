@@ -296,7 +296,7 @@ def test_bad_input_is_one_sentence(shapes, tmp_path):
         (['--out_dir=/proc/no'], 'cannot write to out_dir /proc/no'),
         (['--train_data=nowhere.json'], 'nowhere.json not found'),
         (['--train_data=data/coco/annotations/instances_train2017_20.json'], 'python -m prepare.coco --fraction=0.2'),
-        (['--attn=SS'], "attn has one of - S F D W L N K M T for each of P3 P4 P5, got 'SS'"),
+        (['--attn=SS'], "attn has one of - S F D C W L N K M T for each of P3 P4 P5, got 'SS'"),
         (['--batch_size=6', '--grad_accum=4'], 'does not divide'),
         (['--lr=0'], '--lr=0.0: must be above 0'),
         (['--warmup_epochs=9'], 'must fit into epochs=4'),
