@@ -1,7 +1,8 @@
 """
-Optimizers: which one moves which parameters.
+Part by part: which optimizer moves which parameters, and in which precision they compute.
 
     make_optimizers(groups, kinds, lr, momentum, beta2)      groups as a detector's param_groups() gives them, by part
+    set_precision(model, groups, dtypes, device_type)
 
 AdamW and SGD are torch's. Muon is here because torch.optim.Muon takes matrices only, and computes in bfloat16, which a
 CPU without hardware for it emulates ten times slower than float32. LAMB (You et al. 2019, 1904.00962), SOAP (Vyas et
@@ -84,3 +85,27 @@ def make_optimizers(groups, kinds, lr, momentum, beta2):
         by_kind.setdefault(kind, []).append(dict(group, factor=group['lr']))
     return [make[kind](some) if kind in make else from_library(kind, some, lr, momentum)
             for kind, some in by_kind.items()]
+
+
+def set_precision(model, groups, dtypes, device_type):
+    """
+    Whatever autocast says outside, the modules of a part run in its own precision. dtypes: dict part -> 'float32',
+    'bfloat16' or 'float16', parts left out stay as they are. A module belongs to a part when all its parameters do;
+    what no such module does (joining and scaling maps, losses) keeps the precision of what it is given.
+    """
+    part_of = {id(p): group['part'] for group in groups for p in group['params']}
+
+    def in_precision(forward, dtype):
+        def run(*inputs):
+            if dtype == 'float32':
+                inputs = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+            with torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32'):
+                return forward(*inputs)
+        return run
+
+    for module in model.children():
+        parts = {part_of[id(p)] for p in module.parameters() if id(p) in part_of}
+        if len(parts) > 1 or isinstance(module, torch.nn.ModuleList):        # a list is not called, its modules are
+            set_precision(module, groups, dtypes, device_type)
+        elif parts & dtypes.keys():
+            module.forward = in_precision(module.forward, dtypes[parts.pop()])

@@ -49,7 +49,7 @@ from configurator import InputError, build, configure
 from data import Augment, DetectionDataset, collate, to_image
 from eval import evaluate
 from model import HSVDET, HSVDETConfig
-from optimizers import KINDS, make_optimizers
+from optimizers import KINDS, make_optimizers, set_precision
 from plots import draw_boxes, draw_curves, image_grid, save_image
 from report import write_report
 
@@ -66,6 +66,8 @@ val_images = ''
 make_data = ''                      # shapes, long_range or clips: make this synthetic set if train_data is not there
 imgsz: int | tuple = 640                                                      # pixels, multiples of 32; int, or (H, W)
 multi_scale = 0.0                                                # 0.5: batches are resized by a random factor 0.5..1.5
+grow_from = 1.0           # 0.5: images have half of imgsz, a quarter of the cost, in the first half of the run; then
+#                           they grow, and have all of it in the last quarter (Tan and Le 2021, 2104.00298)
 workers = -1                     # loader processes; -1: none on a CPU (they would compete for its cores), else up to 8
 cache_mb = 1024                                    # memory for decoded images, all loader processes of a rank together
 # model
@@ -94,6 +96,7 @@ freeze_bn = False                                      # BatchNorm uses its runn
 # machine
 device = 'auto'                                                                       # auto cpu cuda cuda:1 ...
 dtype = 'auto'                     # auto float32 bfloat16 float16: of the convolutions; attention and loss are float32
+dtype_backbone, dtype_neck, dtype_block, dtype_head = '', '', '', ''                  # '': as `dtype`
 compile = False                                                            # torch.compile of backbone, blocks and neck
 checkpointing = False                                                      # recompute activations: less memory, slower
 sync_bn = False                                                                   # BatchNorm statistics over all ranks
@@ -158,6 +161,9 @@ imgsz = (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
 for wrong, message in (
         (dtype not in ('float32', 'bfloat16', 'float16'),
          f'--dtype={dtype}: must be auto, float32, bfloat16 or float16'),
+        *((config[name] not in ('', 'float32', 'bfloat16', 'float16'),
+           f'--{name}={config[name]}: must be float32, bfloat16 or float16') for name in
+          ('dtype_backbone', 'dtype_neck', 'dtype_block', 'dtype_head')),
         (len(imgsz) != 2 or any(type(s) is not int or s < 32 or s % 32 for s in imgsz),
          f'imgsz must be one multiple of 32 or two (H, W), got {imgsz}; 1080 rows are padded to 1088'),
         *((config[name] <= 0, f'--{name}={config[name]}: must be above 0') for name in
@@ -165,6 +171,7 @@ for wrong, message in (
         (not 0 <= warmup_epochs + no_aug_epochs <= epochs,
          f'stages: warmup_epochs={warmup_epochs} and no_aug_epochs={no_aug_epochs} must fit into epochs={epochs}'),
         (not 0 <= multi_scale < 1, f'--multi_scale={multi_scale}: must be 0 or a share below 1'),
+        (not 0 < grow_from <= 1, f'--grow_from={grow_from}: must be a share of imgsz above 0, up to 1'),
         (compile and checkpointing, '--compile=True and --checkpointing=True exclude each other: checkpointing saves '
                                     'memory, compiling time; choose one'),
         (compile and sync_bn, '--compile=True and --sync_bn=True exclude each other: SyncBatchNorm breaks the graph at '
@@ -345,8 +352,11 @@ if freeze == 'backbone':
     model.backbone.requires_grad_(False)
 kinds = {part: config[f'optimizer_{part}'] or optimizer for part in ('backbone', 'neck', 'block', 'head')}
 factors = {part: config[f'lr_{part}'] for part in kinds}
-optimizers = make_optimizers(model.param_groups(1.0, weight_decay, factors), kinds, lr, momentum, beta2)
-scaler = torch.amp.GradScaler(device_type, init_scale=2.0 ** 10, enabled=dtype == 'float16')  # our sums start large
+groups = model.param_groups(1.0, weight_decay, factors)
+optimizers = make_optimizers(groups, kinds, lr, momentum, beta2)
+dtypes = {part: config[f'dtype_{part}'] for part in kinds if config[f'dtype_{part}']}
+half = 'float16' in (dtype, *dtypes.values())
+scaler = torch.amp.GradScaler(device_type, init_scale=2.0 ** 10, enabled=half)        # our sums start large
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 params = [p for p in model.parameters() if p.requires_grad]
 loss_params = {part: [p for p in some if p.requires_grad] for part, some in model.loss_parameters().items()}
@@ -360,6 +370,7 @@ if resume:
     restore(resume)
     step, best, running, count = resume['step'], resume['best'], resume['running'], resume['count']
 batches = iter(make_loader(step))
+set_precision(model, groups, dtypes, device_type)                                     # evaluation computes in float32
 if compile:                                                             # assignment and losses change shape every time
     model.forward_features = torch.compile(model.forward_features)
 net = model
@@ -369,7 +380,7 @@ if ddp:                            # only rank 0's BatchNorm statistics are ever
 amp = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 print0(f'{arch} {asdict(model.cfg)}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; '
        f'{imgsz[0]}x{imgsz[1]}, batch {batch_size} = {world_size} ranks x {grad_accum} micro-batches x {micro}; '
-       f'{device} {dtype}; {total_steps} steps')
+       f'{device} {dtype}{"".join(f", {part} {some}" for part, some in dtypes.items())}; {total_steps} steps')
 
 # --- setup: log and checkpoints -------------------------------------------------------------------------------------
 log_path = os.path.join(out_dir, 'log.csv')
@@ -472,13 +483,18 @@ def lr_at(epoch):
 
 
 def to_device(batch):
-    """A batch of the loader -> images (b, 3, H, W) in 0..1 or clips (b, F, 3, H, W), and targets; see multi_scale."""
+    """
+    A batch of the loader -> images (b, 3, H, W) in 0..1 or clips (b, F, 3, H, W), and targets; both resized as
+    grow_from and multi_scale say.
+    """
     images = batch['images'].to(device, non_blocking=True)
     images = (images if earlier else images.to(memory_format=torch.channels_last)).float() / 255
     targets = {name: batch[name].to(device, non_blocking=True) for name in ('labels', 'boxes')}
+    factor = grow_from + (1 - grow_from) * min(1.0, max(0.0, 4 * step / total_steps - 2))
     if multi_scale:
-        factor = random.Random(seed * 1_000_003 + step).uniform(1 - multi_scale, 1 + multi_scale)
-        H, W = (max(32, round(s * factor / 32) * 32) for s in imgsz)
+        factor *= random.Random(seed * 1_000_003 + step).uniform(1 - multi_scale, 1 + multi_scale)
+    H, W = (max(32, round(s * factor / 32) * 32) for s in imgsz)
+    if (H, W) != imgsz:
         factors = torch.tensor([W / imgsz[1], H / imgsz[0]] * 2).to(device, non_blocking=True)
         targets['boxes'] = targets['boxes'] * factors
         images = F.interpolate(images.flatten(0, -4), (H, W), mode='bilinear').unflatten(0, images.shape[:-3])

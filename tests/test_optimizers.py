@@ -1,13 +1,14 @@
-"""Muon: what orthogonalize does to singular values, a step by hand; who gets which optimizer; resume with each."""
+"""Muon: what orthogonalize does, a step by hand; optimizer and precision by part; resume with each optimizer."""
 import io
 import sys
 
 import pytest
 import torch
 
+from baselines.detr import DETR, DETRConfig
 from configurator import InputError
 from model import HSVDET, HSVDETConfig
-from optimizers import KINDS, LIBRARY, Muon, make_optimizers, orthogonalize
+from optimizers import KINDS, LIBRARY, Muon, make_optimizers, orthogonalize, set_precision
 
 
 @pytest.mark.parametrize('shape', [(8, 8), (16, 72), (72, 16), (1, 5)])
@@ -95,3 +96,46 @@ def test_missing_package_is_one_sentence(monkeypatch):
     group = dict(params=[torch.nn.Parameter(torch.zeros(2, 2))], part='head', name='head.decay', lr=1.0)
     with pytest.raises(InputError, match='pip install pytorch_optimizer'):
         make_optimizers([group], dict(head='lamb'), 0.1, 0.9, 0.999)
+
+
+PARTS = ('backbone', 'neck', 'block', 'head')
+DETECTORS = dict(
+    hsvdet=lambda: HSVDET(HSVDETConfig(num_classes=3, k=3, one2one=True)),
+    rtdetr=lambda: DETR(DETRConfig(num_classes=3, hidden=32, ffn=32, decoder_layers=2, queries=20, encoder_attn='S')))
+
+
+def gradients(arch, dtypes, outside='bfloat16', said=None):
+    """{name: gradient} of one batch, computed under autocast to `outside` but for the parts named in dtypes."""
+    torch.manual_seed(0)
+    model = DETECTORS[arch]().train()
+    set_precision(model, model.param_groups(1.0, 0.0), dtypes, 'cpu')
+    if said is not None:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(lambda m, x, y, name=name: said.update({name: y.dtype}))
+    targets = dict(labels=torch.tensor([[0, 2], [1, -1]]),
+                   boxes=torch.tensor([[[4., 4, 40, 30], [20, 20, 60, 60]], [[8, 8, 30, 50], [0, 0, 0, 0]]]))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.autocast('cpu', getattr(torch, outside), enabled=outside != 'float32'):
+        _, losses = model(images, targets)
+    sum(sum(some.values()) for some, _ in losses.values()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize('arch', DETECTORS)
+def test_a_part_in_its_own_precision(arch):
+    """All parts in float32 under bf16: the gradients of float32, to the bit. One part in bf16: it and no other is."""
+    exact = gradients(arch, {}, 'float32')
+    full = gradients(arch, dict.fromkeys(PARTS, 'float32'))
+    assert exact.keys() == full.keys()
+    assert all(torch.equal(full[name], g) for name, g in exact.items())
+    said = {}
+    mixed = gradients(arch, dict.fromkeys(PARTS[:3], 'float32'), said=said)
+    assert {said[name] for name in said if name.startswith('backbone')} == {torch.float32}
+    if arch == 'hsvdet':
+        heads = ('detect_head', 'one2one_head')
+        assert {said[name] for name in said if name.startswith(heads)} == {torch.bfloat16}
+        assert {dtype for name, dtype in said.items() if not name.startswith(heads)} == {torch.float32}
+    flat, wanted = (torch.cat([some[name].flatten() for name in exact]) for some in (mixed, exact))
+    assert not torch.equal(flat, wanted)
+    assert torch.cosine_similarity(flat, wanted, dim=0) > 0.99
