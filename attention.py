@@ -12,8 +12,9 @@ the fast path, and tests/test_attention.py compares the two in float64. Logits, 
 autocast, the linear maps around them are not. Queries and keys are layer-normed, as in S. All of them export to ONNX,
 with free image sizes too.
 
-What this leaves out: the feed-forward layer and the 7x7 convolution on the values that published attention blocks add
-(YOLOv10's PSA, YOLOv12's A2 and RT-DETR's AIFI, and much of their gain). The letters differ in attention only.
+P alone has what published attention blocks add and the others lack (RT-DETR's AIFI; PSA of YOLOv10, 2405.14458; area
+attention of YOLOv12, 2502.12524): narrow heads, a depthwise convolution for positions, a feed-forward layer, and last
+maps that start at zero instead of a gate. The other letters differ in attention only.
 
 Papers: windows with a halo, HaloNet, Vaswani et al. 2021 (2103.12731); latent attention, DeepSeek-V2, 2024
 (2405.04434); native sparse attention, Yuan et al. 2025 (2502.11089); kernel density, Epanechnikov 1969; attention as
@@ -45,6 +46,7 @@ HELP = {  # letter: what it is, FLOPs per token (two per multiply-add; c channel
     'K': 'kernel density: tokens within a bandwidth of the query, all others weigh exactly 0; 8c^2 + 4Nc',
     'M': 'Fourier mixing (FNet): a fixed transform without weights; about 5c log2(Nc), no matrix products',
     'T': 'tokens only: the k selected tokens attend and change, all others stay; (8kc^2 + 4k^2 c) / N',
+    'P': 'a published layer on the k selected tokens: T, narrow heads, 7x7 places, MLP; (16kc^2 + 4k^2 c) / N + 98c',
 }
 printed = set()
 
@@ -426,6 +428,10 @@ class TokensOnly(SparseGlobalBlock):
         q, k = self.norm_as(project(placed, self.q_proj)), self.norm_as(project(placed_k, self.k_proj))
         return self.split(q), self.split(k), self.split(project(t, self.v_proj))
 
+    def finish(self, t, y):
+        """What the heads gathered for tokens t (B, n, C) -> what is added to them."""
+        return project(y, self.out_proj)
+
     def forward_reference(self, x, memory=None, seen=None, chosen=None):
         B, C, H, W = x.shape
         t = tokens(x)                                                                 # (B, N, C)
@@ -435,9 +441,9 @@ class TokensOnly(SparseGlobalBlock):
         attends = torch.zeros(B, H * W, dtype=torch.bool, device=x.device).scatter(1, selected, kept)
         mask = self.key_mask(H * W, k.shape[2] - H * W, attends, seen)                # (B, 1, 1, N + T)
         y = masked_attention(q, k, v, mask).transpose(1, 2).flatten(2)                # (B, N, C)
-        y = project(y, self.out_proj) * attends[..., None]
+        y = self.finish(t, y) * attends[..., None]
         if s is not None:
-            y = y * self.score(t).sigmoid()
+            y = y * torch.zeros(B, H * W, dtype=s.dtype, device=s.device).scatter(1, selected, s.sigmoid())[..., None]
         return y.transpose(1, 2).unflatten(2, (H, W))
 
     def forward(self, x, memory=None, seen=None, chosen=None):
@@ -449,13 +455,53 @@ class TokensOnly(SparseGlobalBlock):
             q, k, v = self.maps(t + sincos_2d(H, W, C, x.device).to(t.dtype)[selected] if self.pos else t, t, memory)
             mask = self.key_mask(t.shape[1], k.shape[2] - t.shape[1], kept, seen)
             y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-            y = project(y, self.out_proj)                                             # (B, k, C)
+            y = self.finish(t, y)                                                     # (B, k, C)
             if s is not None:
                 y = y * s.sigmoid()[..., None]
             if kept is not None:
                 y = y * kept[..., None]
         y = x.new_zeros(B, H * W, C).scatter_(1, rows, y.to(x.dtype))                 # (B, N, C)
         return y.transpose(1, 2).unflatten(2, (H, W))
+
+
+# --- P: a whole layer, on the selected tokens ------------------------------------------------------------------------
+
+class PublishedLayer(TokensOnly):
+    """
+    T with what published attention blocks have besides attention: heads of 32 channels, a 7x7 depthwise convolution
+    that tells each cell its surroundings, thus its place, a feed-forward layer of twice the width, and residuals. The
+    last maps of all three start at zero, so that the block starts as the identity and needs no gate.
+
+    FLOPs: 16kc^2 + 4k^2 c for the tokens, 98 N c for the convolution.
+    """
+
+    def __init__(self, c, cfg):
+        super().__init__(c, cfg)
+        self.heads = c // 32 if cfg.heads == 1 and c % 32 == 0 else cfg.heads
+        self.place = nn.Conv2d(c, c, 7, padding=3, groups=c, bias=False)
+        self.norm_mlp = nn.LayerNorm(c)
+        self.mlp_in, self.mlp_out = nn.Conv2d(c, 2 * c, 1, bias=False), nn.Conv2d(2 * c, c, 1, bias=False)
+        for last in (self.place, self.out_proj, self.mlp_out):
+            nn.init.zeros_(last.weight)
+
+    def finish(self, t, y):
+        y = super().finish(t, y)
+        return y + project(F.gelu(project(layer_norm(self.norm_mlp, t + y), self.mlp_in)), self.mlp_out)
+
+    def run(self, path, x, memory, seen, chosen):
+        chosen = self.select_tokens(x) if chosen is None else chosen
+        placed = self.place(x)                                                        # (B, C, H, W)
+        return placed + path(x + placed, memory, seen, chosen)
+
+    def forward_reference(self, x, memory=None, seen=None, chosen=None):
+        return self.run(super().forward_reference, x, memory, seen, chosen)
+
+    def forward(self, x, memory=None, seen=None, chosen=None):
+        return self.run(super().forward, x, memory, seen, chosen)
+
+    def attention(self, x, memory=None, seen=None, chosen=None):
+        chosen = self.select_tokens(x) if chosen is None else chosen
+        return super().attention(x + self.place(x), memory, seen, chosen)
 
 
 # --- C: convolutions -------------------------------------------------------------------------------------------------
@@ -504,7 +550,7 @@ class Gated(nn.Module):
 
 
 ATTENTION = {'W': SlidingWindow, 'L': LatentAttention, 'N': NativeSparse, 'K': KernelDensity, 'M': FourierMixing,
-             'T': TokensOnly}
+             'T': TokensOnly, 'P': PublishedLayer}
 
 
 def make_block(letter, c, cfg):
@@ -513,7 +559,7 @@ def make_block(letter, c, cfg):
         known = '\n'.join(f'  {key}  {text}' for key, text in HELP.items())
         raise InputError(f'attn has no letter {letter!r}, choose among\n{known}')
     if letter in ATTENTION:
-        return Gated(ATTENTION[letter](c, cfg), cfg.gate)
+        return Gated(ATTENTION[letter](c, cfg), 'none' if letter == 'P' else cfg.gate)
     if letter == 'C':
         return Gated(Bottleneck(c), cfg.gate)
     if letter == '-':

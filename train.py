@@ -66,8 +66,6 @@ val_images = ''
 make_data = ''                      # shapes, long_range or clips: make this synthetic set if train_data is not there
 imgsz: int | tuple = 640                                                      # pixels, multiples of 32; int, or (H, W)
 multi_scale = 0.0                                                # 0.5: batches are resized by a random factor 0.5..1.5
-grow_from = 1.0           # 0.5: images have half of imgsz, a quarter of the cost, in the first half of the run; then
-#                           they grow, and have all of it in the last quarter (Tan and Le 2021, 2104.00298)
 workers = -1                     # loader processes; -1: none on a CPU (they would compete for its cores), else up to 8
 cache_mb = 1024                                    # memory for decoded images, all loader processes of a rank together
 # model
@@ -171,7 +169,6 @@ for wrong, message in (
         (not 0 <= warmup_epochs + no_aug_epochs <= epochs,
          f'stages: warmup_epochs={warmup_epochs} and no_aug_epochs={no_aug_epochs} must fit into epochs={epochs}'),
         (not 0 <= multi_scale < 1, f'--multi_scale={multi_scale}: must be 0 or a share below 1'),
-        (not 0 < grow_from <= 1, f'--grow_from={grow_from}: must be a share of imgsz above 0, up to 1'),
         (compile and checkpointing, '--compile=True and --checkpointing=True exclude each other: checkpointing saves '
                                     'memory, compiling time; choose one'),
         (compile and sync_bn, '--compile=True and --sync_bn=True exclude each other: SyncBatchNorm breaks the graph at '
@@ -483,18 +480,13 @@ def lr_at(epoch):
 
 
 def to_device(batch):
-    """
-    A batch of the loader -> images (b, 3, H, W) in 0..1 or clips (b, F, 3, H, W), and targets; both resized as
-    grow_from and multi_scale say.
-    """
+    """A batch of the loader -> images (b, 3, H, W) in 0..1 or clips (b, F, 3, H, W), and targets; see multi_scale."""
     images = batch['images'].to(device, non_blocking=True)
     images = (images if earlier else images.to(memory_format=torch.channels_last)).float() / 255
     targets = {name: batch[name].to(device, non_blocking=True) for name in ('labels', 'boxes')}
-    factor = grow_from + (1 - grow_from) * min(1.0, max(0.0, 4 * step / total_steps - 2))
     if multi_scale:
-        factor *= random.Random(seed * 1_000_003 + step).uniform(1 - multi_scale, 1 + multi_scale)
-    H, W = (max(32, round(s * factor / 32) * 32) for s in imgsz)
-    if (H, W) != imgsz:
+        factor = random.Random(seed * 1_000_003 + step).uniform(1 - multi_scale, 1 + multi_scale)
+        H, W = (max(32, round(s * factor / 32) * 32) for s in imgsz)
         factors = torch.tensor([W / imgsz[1], H / imgsz[0]] * 2).to(device, non_blocking=True)
         targets['boxes'] = targets['boxes'] * factors
         images = F.interpolate(images.flatten(0, -4), (H, W), mode='bilinear').unflatten(0, images.shape[:-3])

@@ -95,7 +95,7 @@ def train_and_evaluate(arm, more, seed):
     if without and set(saved['model_config'].get('attn', '-')) - {'-'}:
         figures['AP without'] = json.loads(run('eval.py', [*arguments, f'--without={without}'], log)[0])['AP']
     with open(os.path.join(folder, 'train.txt'), encoding='utf-8') as f:
-        device, dtype = re.search(r'(\w+\S*) (\w+); \d+ steps', f.read()).groups()   # 'auto' is settled there
+        device, dtype = re.search(r'; (\S+) (\w+)[^;]*; \d+ steps', f.read()).groups()   # 'auto' is settled there
     return dict(figures, arm=arm, seed=seed, minutes=cpu, steps=saved['step'], dtype=dtype, threads=threads,
                 images=saved['step'] * saved['config']['batch_size'], machine=f'{machine().split(",")[0]}, {device}',
                 parameters=sum(t.numel() for key, t in saved['model'].items() if 'running_' not in key),

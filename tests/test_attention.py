@@ -20,13 +20,15 @@ def config(**settings):
 
 
 def make(letter, c=16, variant=None, seed=0, **settings):
-    """A mixer whose layer norms are not at their start, where they might hide a mistake."""
+    """A mixer whose layer norms, and maps of zeros, are not at their start, where they might hide a mistake."""
     torch.manual_seed(seed)
     mixer = ATTENTION[letter](c, config(**settings), **variant or {})
     for m in mixer.modules():
         if isinstance(m, nn.LayerNorm):
             nn.init.uniform_(m.weight, 0.8, 1.2)
             nn.init.normal_(m.bias, std=0.1)
+        elif isinstance(m, nn.Conv2d) and not m.weight.any():
+            nn.init.normal_(m.weight, std=0.1)
     return mixer
 
 
@@ -43,7 +45,7 @@ def results(path, mixer, x, memory):
 @pytest.mark.parametrize('size', SIZES, ids=str)
 @pytest.mark.parametrize('letter, variant, settings', [
     *[(letter, variant, settings) for letter, variant in VARIANTS for settings in (dict(), dict(heads=4, pos=True))],
-    ('T', {}, dict(select='learned', k=0.3))], ids=str)
+    ('T', {}, dict(select='learned', k=0.3)), ('P', {}, dict(select='learned', k=0.3))], ids=str)
 def test_fast_equals_reference(letter, variant, settings, size):
     """Outputs and all gradients, float64, to 1e-10 of the largest entry; without and with memory."""
     mixer = make(letter, variant=variant, **settings).double()
@@ -120,12 +122,17 @@ def test_large_inputs_stay_finite_in_fp16(letter, variant, offset):
         assert (narrow.float() - wide).square().mean().sqrt() < 0.02 * wide.square().mean().sqrt()
 
 
-def test_gate_zero_is_the_identity_and_the_gate_learns():
+def test_every_block_starts_as_the_identity_and_learns():
     for letter in ATTENTION:
         block, x = make_block(letter, 16, config()), torch.randn(2, 16, 9, 11)
         y = block(x)
         assert torch.equal(y, x)
         (y * torch.randn_like(y)).sum().backward()
+        if letter == 'P':                                            # its last maps are zeros, and its gate stays 1
+            assert block.gate == 1 and not block.gate.requires_grad
+            assert all(m.weight.grad.any() for m in (block.mixer.place, block.mixer.out_proj, block.mixer.mlp_out))
+            assert make_block('P', 128, config()).mixer.heads == 4
+            continue
         assert block.gate.grad.abs() > 0
         assert not make_block(letter, 16, config(gate='fixed')).gate.requires_grad
     x = torch.randn(1, 16, 9, 11)
@@ -165,7 +172,8 @@ def test_costs_are_what_help_says():
     want = {'W': 8 * c**2 * N + 4 * 256 * c * padded, 'L': 1.5 * c**2 * N + N**2 * c + 2 * 2 * c**2 * c / 4,
             'N': 8 * c**2 * N + 6 * c * N + 4 * c * (tiles + 512) * padded, 'K': 8 * c**2 * N + 4 * N**2 * c,
             'M': 0, 'C': 36 * c * 114 * N,
-            'T': 8 * k * c**2 + 4 * k**2 * c, 'S': 2 * N * c**2 + 2 * c**3 + 4 * k * c**2 + 4 * k**2 * c}
+            'T': 8 * k * c**2 + 4 * k**2 * c, 'P': 16 * k * c**2 + 4 * k**2 * c + 98 * c * N,
+            'S': 2 * N * c**2 + 2 * c**3 + 4 * k * c**2 + 4 * k**2 * c}
     for letter, flops in want.items():
         with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as counter:
             make_block(letter, c, cfg)(torch.empty(1, c, H, W))

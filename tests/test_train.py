@@ -126,25 +126,8 @@ def test_parts_give_the_gradient_of_the_whole(one_step, settings, ranks):
 
 # --- resume -----------------------------------------------------------------------------------------------------------
 
-def test_images_grow(shapes, tmp_path):
-    """Half the size in the first half of the run, all of it in the last quarter, boxes with them."""
-    said = train(shapes, tmp_path / 'out', '--imgsz=128', '--grow_from=0.5', '--k=3', change="""
-from model import HSVDET
-forward = HSVDET.forward
-def show(self, images, targets=None):
-    if targets:
-        print('size', images.shape[2], targets['boxes'].max().item())
-    return forward(self, images, targets)
-HSVDET.forward = show""").stdout
-    sizes = re.findall(r'size (\d+) ([\d.]+)', said)
-    assert [int(size) for size, _ in sizes] == [64] * 7 + [96] * 2 + [128] * 3
-    assert all(float(largest) <= int(size) for size, largest in sizes)
-    shares = [float(largest) / int(size) for size, largest in sizes]
-    assert max(shares[:7]) > 0.6 and max(shares[-3:]) > 0.6
-
-
 def test_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
-    settings = ['--select=random', '--save_interval=3', '--log_interval=4', '--multi_scale=0.5', '--grow_from=0.6',
+    settings = ['--select=random', '--save_interval=3', '--log_interval=4', '--multi_scale=0.5',
                 '--dtype_block=bfloat16']                                                              # 12 steps
     train(shapes, tmp_path / 'a', *settings)
     process = subprocess.Popen(command(shapes, tmp_path / 'b', *settings), cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL)
@@ -312,11 +295,10 @@ def test_bad_input_is_one_sentence(shapes, tmp_path):
         (['--compile=True', '--checkpointing=True'], 'exclude each other'),
         (['--dtype=float8'], 'must be auto, float32, bfloat16 or float16'),
         (['--dtype_head=auto'], '--dtype_head=auto: must be float32, bfloat16 or float16'),
-        (['--grow_from=0'], 'must be a share of imgsz above 0, up to 1'),
         (['--out_dir=/proc/no'], 'cannot write to out_dir /proc/no'),
         (['--train_data=nowhere.json'], 'nowhere.json not found'),
         (['--train_data=data/coco/annotations/instances_train2017_20.json'], 'python -m prepare.coco --fraction=0.2'),
-        (['--attn=SS'], "attn has one of - S F D C W L N K M T for each of P3 P4 P5, got 'SS'"),
+        (['--attn=SS'], "attn has one of - S F D C W L N K M T P for each of P3 P4 P5, got 'SS'"),
         (['--batch_size=6', '--grad_accum=4'], 'does not divide'),
         (['--lr=0'], '--lr=0.0: must be above 0'),
         (['--warmup_epochs=9'], 'must fit into epochs=4'),
