@@ -5,6 +5,8 @@ exec(open('config/finetune_own.py').read())
 out_dir = 'out/warm'
 epochs = 15
 min_steps = 0
+batch_size = 16
+mosaic = 1.0
 warmup_epochs = 1
 no_aug_epochs = 5
 optimizer = 'adamw'          # Muon's steps are equally long in all directions: too coarse for this

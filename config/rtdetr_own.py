@@ -11,5 +11,7 @@ epochs = 20
 warmup_epochs = 1.5          # some 50 steps at 300 images; the published 2,000 would be the whole run
 no_aug_epochs = 5
 batch_size = 8               # steps matter more than their size
+mosaic = 1.0
+eval_interval = 5
 lr_backbone = 0.3            # it knows detection already
 ema_tau = 200

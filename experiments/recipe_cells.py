@@ -1,0 +1,19 @@
+# What makes few epochs enough: one change at a time on blood cells, 320 px, 234 images to train and 58 held out, on
+# which the settings are chosen; the test images play no part here.
+#   python data.py split data/bccd/trainval.json --val=0.2
+#   python bench.py experiment experiments/recipe_cells.py
+name = 'recipe_cells'
+train = ('config/finetune_own.py --train_data=data/bccd/trainval_train.json --val_data=data/bccd/trainval_val.json'
+         ' --k=0.25 --min_steps=0 --warmup_epochs=1 --no_aug_epochs=1 --mosaic=1')
+arms = (('batch 8', '--batch_size=8 --epochs=10'),
+        ('batch 4', '--batch_size=4 --epochs=10'),
+        ('batch 4 lr 8e-3', '--batch_size=4 --epochs=10 --lr=8e-3'),
+        ('batch 8 no Mosaic', '--batch_size=8 --epochs=10 --mosaic=0'),
+        ('batch 4 no Mosaic', '--batch_size=4 --epochs=10 --mosaic=0'),
+        ('batch 8 no Mosaic 7 epochs', '--batch_size=8 --epochs=7 --no_aug_epochs=0.5 --mosaic=0'),
+        ('batch 4 no Mosaic 7 epochs', '--batch_size=4 --epochs=7 --no_aug_epochs=0.5 --mosaic=0'),
+        ('batch 8 15 epochs', '--batch_size=8 --epochs=15 --no_aug_epochs=2'),
+        ('batch 8 no Mosaic 15 epochs', '--batch_size=8 --epochs=15 --mosaic=0'))
+seeds = (0,)
+test = 'data/bccd/trainval_val.json'
+evaluate = '--occlusion=False'
