@@ -23,6 +23,7 @@ import sys
 import time
 from statistics import mean
 
+from benches.costs import machine
 from configurator import InputError, configure
 
 # settings
@@ -33,7 +34,8 @@ threads = 0                    # CPU threads of a run; 0: as many as there are c
 out = 'results/speedrun.csv'
 
 SETTINGS = ['until', 'seeds', 'stop', 'threads', 'out']
-COLUMNS = ['train', 'until', 'seed', 'seconds', 'epoch', 'best AP', 'best AP50', 'clock seconds', 'threads', 'date']
+COLUMNS = ['train', 'until', 'seed', 'seconds', 'epoch', 'best AP', 'best AP50', 'clock seconds', 'threads', 'machine',
+           'date']
 
 
 def parse_line(line):
@@ -71,7 +73,8 @@ def run_seed(arguments, seed, column, aim):
     return {'train': shlex.join(arguments), 'until': until, 'seed': seed, 'best AP': best['AP'],
             'best AP50': best['AP50'], 'seconds': round(reached['seconds'], 1) if reached else '',
             'epoch': reached.get('epoch', ''), 'clock seconds': round(time.time() - started, 1),
-            'threads': threads or os.cpu_count(), 'date': time.strftime('%Y-%m-%d')}
+            'threads': threads or os.cpu_count(), 'machine': re.sub(r', \d+ threads', '', machine()),
+            'date': time.strftime('%Y-%m-%d')}
 
 
 def read_rows(arguments):
