@@ -345,12 +345,12 @@ model.names, model.imgsz, model.checkpointing = train_set.names, imgsz, checkpoi
 model = model.to(device, memory_format=torch.channels_last)
 if sync_bn and ddp:
     model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-if freeze == 'backbone':
-    model.backbone.requires_grad_(False)
 kinds = {part: config[f'optimizer_{part}'] or optimizer for part in ('backbone', 'neck', 'block', 'head')}
 factors = {part: config[f'lr_{part}'] for part in kinds}
-groups = model.param_groups(1.0, weight_decay, factors)
-optimizers = make_optimizers(groups, kinds, lr, momentum, beta2)
+groups = model.param_groups(1.0, weight_decay, factors)                               # what is frozen next is in them
+if freeze == 'backbone':
+    model.backbone.requires_grad_(False)
+optimizers = make_optimizers(model.param_groups(1.0, weight_decay, factors), kinds, lr, momentum, beta2)
 dtypes = {part: config[f'dtype_{part}'] for part in kinds if config[f'dtype_{part}']}
 half = 'float16' in (dtype, *dtypes.values())
 scaler = torch.amp.GradScaler(device_type, init_scale=2.0 ** 10, enabled=half)        # our sums start large

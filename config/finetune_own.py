@@ -14,7 +14,7 @@ imgsz = 320                  # pixels of the longer side; more for small objects
 epochs = 15
 min_steps = 500
 batch_size = 8               # many small steps, and whole pictures: the AP of 30 epochs of 16 with Mosaic
-mosaic = 0.0                 # in half the time (RESULTS.md, "Fewer steps"). For a long run, 60 epochs: --mosaic=1
+mosaic = 0.0                 # in half the time (RESULTS.md, "Fewer steps"). For 60 epochs, or 100 images: --mosaic=1
 warmup_epochs = 1
 no_aug_epochs = 1
 optimizer = 'muon'           # half of AdamW's epochs for the same AP
