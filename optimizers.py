@@ -90,9 +90,9 @@ def make_optimizers(groups, kinds, lr, momentum, beta2):
 def set_precision(model, groups, dtypes, device_type):
     """
     Whatever autocast says outside, the modules of a part run in its own precision. dtypes: dict part -> 'float32',
-    'bfloat16' or 'float16', parts left out, and what was frozen
-    before `groups` were made, stay as they are. A module belongs to a part when all its parameters do;
-    what no such module does (joining and scaling maps, losses) keeps the precision of what it is given.
+    'bfloat16' or 'float16'; parts left out, and what was frozen before `groups` were made, stay as they are. A module
+    belongs to a part when all its parameters do; what no such module does (joining and scaling maps, losses) keeps the
+    precision of what it is given.
     """
     part_of = {id(p): group['part'] for group in groups for p in group['params']}
 

@@ -351,7 +351,9 @@ groups = model.param_groups(1.0, weight_decay, factors)                         
 if freeze == 'backbone':
     model.backbone.requires_grad_(False)
 optimizers = make_optimizers(model.param_groups(1.0, weight_decay, factors), kinds, lr, momentum, beta2)
-dtypes = {part: config[f'dtype_{part}'] for part in kinds if config[f'dtype_{part}']}
+dtypes = {part: config[f'dtype_{part}'] or dtype for part in kinds}
+if set(dtypes.values()) == {dtype}:                                                   # all as autocast does it anyhow
+    dtypes = {}
 half = 'float16' in (dtype, *dtypes.values())
 scaler = torch.amp.GradScaler(device_type, init_scale=2.0 ** 10, enabled=half)        # our sums start large
 ema = copy.deepcopy(model).eval().requires_grad_(False)
