@@ -104,11 +104,13 @@ DETECTORS = dict(
     rtdetr=lambda: DETR(DETRConfig(num_classes=3, hidden=32, ffn=32, decoder_layers=2, queries=20, encoder_attn='S')))
 
 
-def gradients(arch, dtypes, outside='bfloat16', said=None):
+def gradients(arch, dtypes, outside='bfloat16', said=None, frozen=False):
     """{name: gradient} of one batch, computed under autocast to `outside` but for the parts named in dtypes."""
     torch.manual_seed(0)
     model = DETECTORS[arch]().train()
-    set_precision(model, model.param_groups(1.0, 0.0), dtypes, 'cpu')
+    groups = model.param_groups(1.0, 0.0)
+    model.backbone.requires_grad_(not frozen)
+    set_precision(model, groups, dtypes, 'cpu')
     if said is not None:
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Conv2d):
@@ -139,3 +141,16 @@ def test_a_part_in_its_own_precision(arch):
     flat, wanted = (torch.cat([some[name].flatten() for name in exact]) for some in (mixed, exact))
     assert not torch.equal(flat, wanted)
     assert torch.cosine_similarity(flat, wanted, dim=0) > 0.99
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+@pytest.mark.parametrize('arch', DETECTORS)
+def test_backbone_in_bf16_beside_float32(arch, frozen):
+    """As --dtype=float32 --dtype_backbone=bfloat16 asks for: it alone is, frozen or not."""
+    said = {}
+    dtypes = dict.fromkeys(PARTS, 'float32') | dict(backbone='bfloat16')
+    mixed = gradients(arch, dtypes, 'float32', said, frozen)
+    assert {dtype for name, dtype in said.items() if name.startswith('backbone')} == {torch.bfloat16}
+    assert {dtype for name, dtype in said.items() if not name.startswith('backbone')} == {torch.float32}
+    assert any(name.startswith('backbone') for name in mixed) != frozen
+    assert all(g.isfinite().all() for g in mixed.values())
