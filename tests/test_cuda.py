@@ -266,17 +266,22 @@ def test_detr_head(device, settings):
 def detectors():
     torch.manual_seed(0)
     hsvdet = HSVDET(HSVDETConfig(num_classes=5, attn='SSS', k=20, heads=2, select='learned', one2one=True))
-    detectors = dict(hsvdet=hsvdet, rtdetr=DETR(small_detr(encoder_attn='S', k=6)))
+    memory = HSVDET(HSVDETConfig(num_classes=5, k=(0, 12, 4), keep='joint', memory='scale,time'))
+    detectors = dict(hsvdet=hsvdet, memory=memory, rtdetr=DETR(small_detr(encoder_attn='S', k=6)))
     for model in detectors.values():
         for block in model.blocks().values():
             block.gate.data.fill_(0.5)
     return detectors
 
 
-@pytest.mark.parametrize('name', ['hsvdet', 'rtdetr'])
+def images_for(name):
+    return torch.rand(2, *[3] * (name == 'memory'), 3, 64, 96)                        # clips of three frames
+
+
+@pytest.mark.parametrize('name', ['hsvdet', 'memory', 'rtdetr'])
 def test_detectors(device, name):
     """Raw outputs of the whole network in its inference form; losses and gradients, where BatchNorm is at rest."""
-    model, images, targets = detectors()[name].eval(), torch.rand(2, 3, 64, 96), crowd(2, 6, 64)
+    model, images, targets = detectors()[name].eval(), images_for(name), crowd(2, 6, 64)
 
     def train(images, targets):
         module = copy.deepcopy(model).to(images.device, images.dtype)
@@ -295,10 +300,10 @@ def test_detectors(device, name):
 
 @pytest.mark.parametrize('device', [SLOW_CPU, GPU], indirect=True)
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
-@pytest.mark.parametrize('name', ['hsvdet', 'rtdetr'])
+@pytest.mark.parametrize('name', ['hsvdet', 'memory', 'rtdetr'])
 def test_detectors_in_half_precision(device, name, dtype):
     """Losses and gradients are finite; checkpointing changes neither."""
-    images, targets, found = torch.rand(2, 3, 64, 96, device=device), move(crowd(2, 6, 64), device, torch.float32), []
+    images, targets, found = images_for(name).to(device), move(crowd(2, 6, 64), device, torch.float32), []
     for checkpointing in (False, True):
         model = detectors()[name].to(device, memory_format=torch.channels_last).train()
         model.checkpointing = checkpointing
