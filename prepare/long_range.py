@@ -3,11 +3,13 @@ Make data/long_range, a set that only global context solves: does a block see fu
 
     python -m prepare.long_range                                      1,500 training and 200 validation strips, seconds
     python -m prepare.long_range --out=data/any_range --near=64       discs at every distance from the cue
+    python -m prepare.long_range --out=data/half_hidden --near=64 --hidden=0.5      every other disc shows its colour
 
 A strip is 2,048 px long and 32 high. Near its left end is the cue, a red, green or blue square; to the right of column
 1,100 (`near`) are some white discs. A disc's class is the colour of the cue, more than 1,000 px away. The convolutions
 of scale n see 625 px to either side at the very most (all kernels of the longest path added up), so for them a disc's
-class is a guess among three: an AP50 near 0.33.
+class is a guess among three: an AP50 near 0.33. `hidden` below 1 lets the other discs show their colour, so that a class is
+told in part by the disc itself, in part only by its fellows or the cue, and AP without global context is some 0.6.
 
 The cue is labelled in the training part, so that its colour is worth learning. val.json lists the discs alone, so that
 its AP is theirs.
@@ -25,6 +27,7 @@ out = 'data/long_range'
 train = 1500                 # number of training strips
 val = 200                    # number of validation strips
 near, far = 1100, 2048       # columns that the discs lie between
+hidden = 1.0                 # share of the discs that are white, whatever their class
 seed = 0
 
 COLOURS = {'red': (230, 40, 40), 'green': (40, 200, 60), 'blue': (50, 80, 240)}
@@ -32,7 +35,7 @@ NAMES = [f'{colour} cue' for colour in COLOURS] + [f'{colour} disc' for colour i
 DISCS = (3, 4, 5)            # the labels of the discs
 
 
-def draw_long_range(rng, size=(2048, 32), near=1100, far=2048):
+def draw_long_range(rng, size=(2048, 32), near=1100, far=2048, hidden=1.0):
     """One strip of `size` (w, h) -> PIL.Image, labels (the cue's, then the discs'), boxes (x1, y1, x2, y2, pixels)."""
     W, H = size
     # 1) a background of smooth grey steps with noise
@@ -51,22 +54,27 @@ def draw_long_range(rng, size=(2048, 32), near=1100, far=2048):
         y = rng.uniform(1, H - 1 - diameter)
         if x > right + 2:
             right = x + diameter
-            pen.ellipse((x, y, right, y + diameter), fill=(255, 255, 255), outline=(0, 0, 0), width=2)
+            white = hidden == 1 or rng.random() < hidden
+            pen.ellipse((x, y, right, y + diameter), fill=(255, 255, 255) if white else tuple(COLOURS.values())[colour],
+                        outline=(0, 0, 0), width=2)
             labels.append(DISCS[colour])
             boxes.append((x, y, right, y + diameter))
     return image, labels, boxes
 
 
-def make_long_range(out='data/long_range', train=1500, val=200, near=1100, far=2048, seed=0):
+def make_long_range(out='data/long_range', train=1500, val=200, near=1100, far=2048, hidden=1.0, seed=0):
     """Write the set, see the top of this file. Raises InputError."""
     if not 56 <= near <= far - 100 <= 1948:
         raise InputError(f'--near={near} --far={far}: discs lie right of the cue, which ends at column 54, and within '
                          '2,048, at least 100 columns of them')
-    write_set(out, NAMES, functools.partial(draw_long_range, near=near, far=far), train, val, seed, val_labels=DISCS)
+    if not 0 <= hidden <= 1:
+        raise InputError(f'--hidden={hidden}: a share of the discs, 0 to 1')
+    draw = functools.partial(draw_long_range, near=near, far=far, hidden=hidden)
+    write_set(out, NAMES, draw, train, val, seed, val_labels=DISCS)
 
 
 if __name__ == '__main__':
     configure(globals())
-    make_long_range(out, train, val, near, far, seed)
+    make_long_range(out, train, val, near, far, hidden, seed)
     if out == 'data/long_range':
         print('now: python train.py config/long_range.py')

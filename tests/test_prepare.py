@@ -81,6 +81,17 @@ def test_what_is_drawn_fills_its_box():
         assert abs(coverage.sum() / area - 1) < 0.12 and coverage.max() == 1       # Pillow draws the rim
 
 
+def test_half_of_the_discs_may_show_their_colour():
+    shown = []
+    for seed in range(40):
+        image, labels, boxes = draw_long_range(np.random.default_rng(seed), near=64, hidden=0.5)
+        for x1, y1, x2, y2 in boxes[1:]:
+            pixel = np.array(image.getpixel((round((x1 + x2) / 2), round((y1 + y2) / 2))))
+            assert pixel.min() == 255 or pixel.argmax() == labels[0]
+            shown.append(pixel.min() < 255)
+    assert 0.35 < np.mean(shown) < 0.65
+
+
 def test_long_range_cue_is_far_from_its_discs(tmp_path):
     for seed in range(20):
         image, labels, boxes = draw_long_range(np.random.default_rng(seed))
@@ -95,6 +106,8 @@ def test_long_range_cue_is_far_from_its_discs(tmp_path):
     for near, far in ((20, 2048), (700, 700), (1100, 3000)):
         with pytest.raises(InputError, match='--near'):
             make_long_range(str(tmp_path), 1, 1, near, far)
+    with pytest.raises(InputError, match='--hidden'):
+        make_long_range(str(tmp_path), hidden=1.5)
     make_long_range(str(tmp_path), train=3, val=3)
     train, val = (json.loads((tmp_path / name).read_text()) for name in ('train.json', 'val.json'))
     assert [c['name'] for c in val['categories']] == NAMES == ['red cue', 'green cue', 'blue cue', 'red disc',
