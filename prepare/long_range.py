@@ -8,8 +8,8 @@ Make data/long_range, a set that only global context solves: does a block see fu
 A strip is 2,048 px long and 32 high. Near its left end is the cue, a red, green or blue square; to the right of column
 1,100 (`near`) are some white discs. A disc's class is the colour of the cue, more than 1,000 px away. The convolutions
 of scale n see 625 px to either side at the very most (all kernels of the longest path added up), so for them a disc's
-class is a guess among three: an AP50 near 0.33. `hidden` below 1 lets the other discs show their colour, so that a class is
-told in part by the disc itself, in part only by its fellows or the cue, and AP without global context is some 0.6.
+class is a guess among three: an AP50 near 0.33. With `hidden` below 1 the other discs show their colour, so that some
+classes are told by the disc itself, some only by its fellows or the cue.
 
 The cue is labelled in the training part, so that its colour is worth learning. val.json lists the discs alone, so that
 its AP is theirs.
