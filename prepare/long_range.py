@@ -26,6 +26,7 @@ from prepare.shapes import write_set
 out = 'data/long_range'
 train = 1500                 # number of training strips
 val = 200                    # number of validation strips
+width = 2048                 # pixels of a strip
 near, far = 1100, 2048       # columns that the discs lie between
 hidden = 1.0                 # share of the discs that are white, whatever their class
 seed = 0
@@ -35,11 +36,11 @@ NAMES = [f'{colour} cue' for colour in COLOURS] + [f'{colour} disc' for colour i
 DISCS = (3, 4, 5)            # the labels of the discs
 
 
-def draw_long_range(rng, size=(2048, 32), near=1100, far=2048, hidden=1.0):
-    """One strip of `size` (w, h) -> PIL.Image, labels (the cue's, then the discs'), boxes (x1, y1, x2, y2, pixels)."""
-    W, H = size
+def draw_long_range(rng, width=2048, near=1100, far=2048, hidden=1.0):
+    """One strip -> PIL.Image, labels (the cue's, then the discs'), boxes (x1, y1, x2, y2, pixels)."""
+    W, H = width, 32
     # 1) a background of smooth grey steps with noise
-    grey = Image.fromarray(rng.integers(60, 190, (1, W // 16), np.uint8)).resize(size, Image.BICUBIC)
+    grey = Image.fromarray(rng.integers(60, 190, (1, W // 16), np.uint8)).resize((W, H), Image.BICUBIC)
     grey = (np.asarray(grey) + rng.normal(0, 6, (H, W))).clip(0, 255).astype(np.uint8)           # (H, W)
     image = Image.fromarray(grey).convert('RGB')
     pen = ImageDraw.Draw(image)
@@ -62,19 +63,19 @@ def draw_long_range(rng, size=(2048, 32), near=1100, far=2048, hidden=1.0):
     return image, labels, boxes
 
 
-def make_long_range(out='data/long_range', train=1500, val=200, near=1100, far=2048, hidden=1.0, seed=0):
+def make_long_range(out='data/long_range', train=1500, val=200, width=2048, near=1100, far=2048, hidden=1.0, seed=0):
     """Write the set, see the top of this file. Raises InputError."""
-    if not 56 <= near <= far - 100 <= 1948:
+    if not 56 <= near <= far - 100 <= width - 100:
         raise InputError(f'--near={near} --far={far}: discs lie right of the cue, which ends at column 54, and within '
-                         '2,048, at least 100 columns of them')
+                         f'{width:,}, at least 100 columns of them')
     if not 0 <= hidden <= 1:
         raise InputError(f'--hidden={hidden}: a share of the discs, 0 to 1')
-    draw = functools.partial(draw_long_range, near=near, far=far, hidden=hidden)
+    draw = functools.partial(draw_long_range, width=width, near=near, far=far, hidden=hidden)
     write_set(out, NAMES, draw, train, val, seed, val_labels=DISCS)
 
 
 if __name__ == '__main__':
     configure(globals())
-    make_long_range(out, train, val, near, far, hidden, seed)
+    make_long_range(out, train, val, width, near, far, hidden, seed)
     if out == 'data/long_range':
         print('now: python train.py config/long_range.py')
