@@ -473,9 +473,10 @@ class HSVDET(nn.Module):
         variance 1, per image). P4's is the backbone's map, as P5's block runs before P4 is fused; which of its tokens
         P4's block then keeps it decides on its own input. At least one each: attention over nothing is not defined.
         """
-        scores = [selecting(block).importance(x) for block, x in ((self.block4, p4), (self.block5, p5))]
+        mixer = selecting(self.block4) or selecting(self.block5)      # norms, so either's; one may have been taken out
+        scores = [mixer.importance(x) for x in (p4, p5)]
         scores = [(s - s.mean(1, keepdim=True)) / s.std(1, keepdim=True, correction=0).clamp(min=1e-6) for s in scores]
-        k, N = selecting(self.block4).k, scores[0].shape[1]
+        k, N = mixer.k, scores[0].shape[1]
         winners = stable_topk(torch.cat(scores, 1).float(), torch.sym_min(k, N + scores[1].shape[1]))  # (B, k4 + k5)
         n4 = (winners < N).sum(1)
         return n4.clamp(min=1), (winners.shape[1] - n4).clamp(min=1)
@@ -494,7 +495,8 @@ class HSVDET(nn.Module):
         run = recompute if self.checkpointing and self.training else call
         p3, p4, p5 = self.backbone(images, run)
         state = state or dict(p4=[], p5=[])
-        n4_count, n5_count = self.joint_counts(p4, p5) if self.cfg.keep == 'joint' else (None, None)
+        shared = self.cfg.keep == 'joint' and (self.block4 or self.block5)            # None: both were taken out
+        n4_count, n5_count = self.joint_counts(p4, p5) if shared else (None, None)
         p5, taken5 = self.attend(self.block5, p5, self.block5_time(state['p5']) if self.block5_time else [], n5_count)
         # top-down: the deep maps know what things are and tell the shallow ones, which know where they are
         n4 = run(self.fpn4, self.cat4(self.up4(p5), p4))

@@ -249,6 +249,17 @@ def test_joint_selection_shares_one_budget_whatever_the_norms():
     assert ((taken['p4'].count() + taken['p5'].count()) == 10).all()
 
 
+def test_a_block_taken_out_leaves_the_other_its_tokens():
+    x = torch.rand(2, 3, 64, 96)
+    counts = []
+    for gone in ((), ('block4',), ('block5',), ('block4', 'block5')):
+        model = small(keep='joint', k=(0, 7, 3), memory='scale', gate=0.0)
+        for name in gone:
+            setattr(model, name, None)
+        counts.append({level: taken.count().tolist() for level, taken in model.features(x)[1].items()})
+    assert counts[1:] == [dict(p5=counts[0]['p5']), dict(p4=counts[0]['p4']), {}]
+
+
 def test_k_per_level():
     model = small(k=(0, 5, 0.5), attn='-SS', keep='mass:1')
     _, taken = model.features(torch.rand(1, 3, 64, 96))
