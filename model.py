@@ -474,6 +474,8 @@ class HSVDET(nn.Module):
         P4's block then keeps it decides on its own input. At least one each: attention over nothing is not defined.
         """
         mixer = selecting(self.block4) or selecting(self.block5)      # norms, so either's; one may have been taken out
+        if mixer is None:                                                             # or both
+            return None, None
         scores = [mixer.importance(x) for x in (p4, p5)]
         scores = [(s - s.mean(1, keepdim=True)) / s.std(1, keepdim=True, correction=0).clamp(min=1e-6) for s in scores]
         k, N = mixer.k, scores[0].shape[1]
@@ -495,8 +497,7 @@ class HSVDET(nn.Module):
         run = recompute if self.checkpointing and self.training else call
         p3, p4, p5 = self.backbone(images, run)
         state = state or dict(p4=[], p5=[])
-        shared = self.cfg.keep == 'joint' and (self.block4 or self.block5)            # None: both were taken out
-        n4_count, n5_count = self.joint_counts(p4, p5) if shared else (None, None)
+        n4_count, n5_count = self.joint_counts(p4, p5) if self.cfg.keep == 'joint' else (None, None)
         p5, taken5 = self.attend(self.block5, p5, self.block5_time(state['p5']) if self.block5_time else [], n5_count)
         # top-down: the deep maps know what things are and tell the shallow ones, which know where they are
         n4 = run(self.fpn4, self.cat4(self.up4(p5), p4))
