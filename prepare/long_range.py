@@ -3,7 +3,7 @@ Make data/long_range, a set that only global context solves: does a block see fu
 
     python -m prepare.long_range                                      1,500 training and 200 validation strips, seconds
     python -m prepare.long_range --out=data/any_range --near=64       discs at every distance from the cue
-    python -m prepare.long_range --out=data/half_hidden --near=64 --hidden=0.5      every other disc shows its colour
+    python -m prepare.long_range --out=data/half_hidden --near=64 --hidden=0.5      half of the discs show their colour
 
 A strip is 2,048 px long and 32 high. Near its left end is the cue, a red, green or blue square; to the right of column
 1,100 (`near`) are some white discs. A disc's class is the colour of the cue, more than 1,000 px away. The convolutions
@@ -26,18 +26,18 @@ from prepare.shapes import write_set
 out = 'data/long_range'
 train = 1500                 # number of training strips
 val = 200                    # number of validation strips
-width = 2048                 # pixels of a strip
 near, far = 1100, 2048       # columns that the discs lie between
-hidden = 1.0                 # share of the discs that are white, whatever their class
 seed = 0
+width = 2048                 # pixels of a strip; with less, set far too
+hidden = 1.0                 # share of the discs that are white, whatever their class
 
 COLOURS = {'red': (230, 40, 40), 'green': (40, 200, 60), 'blue': (50, 80, 240)}
 NAMES = [f'{colour} cue' for colour in COLOURS] + [f'{colour} disc' for colour in COLOURS]
 DISCS = (3, 4, 5)            # the labels of the discs
 
 
-def draw_long_range(rng, width=2048, near=1100, far=2048, hidden=1.0):
-    """One strip -> PIL.Image, labels (the cue's, then the discs'), boxes (x1, y1, x2, y2, pixels)."""
+def draw_long_range(rng, near=1100, far=2048, width=2048, hidden=1.0):
+    """One strip, 32 px high -> PIL.Image, labels (the cue's, then the discs'), boxes (x1, y1, x2, y2, pixels)."""
     W, H = width, 32
     # 1) a background of smooth grey steps with noise
     grey = Image.fromarray(rng.integers(60, 190, (1, W // 16), np.uint8)).resize((W, H), Image.BICUBIC)
@@ -63,19 +63,19 @@ def draw_long_range(rng, width=2048, near=1100, far=2048, hidden=1.0):
     return image, labels, boxes
 
 
-def make_long_range(out='data/long_range', train=1500, val=200, width=2048, near=1100, far=2048, hidden=1.0, seed=0):
+def make_long_range(out='data/long_range', train=1500, val=200, near=1100, far=2048, seed=0, width=2048, hidden=1.0):
     """Write the set, see the top of this file. Raises InputError."""
     if not 56 <= near <= far - 100 <= width - 100:
         raise InputError(f'--near={near} --far={far}: discs lie right of the cue, which ends at column 54, and within '
                          f'{width:,}, at least 100 columns of them')
     if not 0 <= hidden <= 1:
         raise InputError(f'--hidden={hidden}: a share of the discs, 0 to 1')
-    draw = functools.partial(draw_long_range, width=width, near=near, far=far, hidden=hidden)
+    draw = functools.partial(draw_long_range, near=near, far=far, width=width, hidden=hidden)
     write_set(out, NAMES, draw, train, val, seed, val_labels=DISCS)
 
 
 if __name__ == '__main__':
     configure(globals())
-    make_long_range(out, train, val, width, near, far, hidden, seed)
+    make_long_range(out, train, val, near, far, seed, width, hidden)
     if out == 'data/long_range':
         print('now: python train.py config/long_range.py')

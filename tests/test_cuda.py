@@ -275,7 +275,7 @@ def detectors():
 
 
 def images_for(name):
-    return torch.rand(2, *[3] * (name == 'memory'), 3, 64, 96)                        # clips of three frames
+    return torch.rand(2, 3, 3, 64, 96) if name == 'memory' else torch.rand(2, 3, 64, 96)      # clips of three frames
 
 
 @pytest.mark.parametrize('name', ['hsvdet', 'memory', 'rtdetr'])

@@ -101,12 +101,12 @@ def test_long_range_cue_is_far_from_its_discs(tmp_path):
         assert all(0 <= x1 < x2 <= 2048 and 0 <= y1 < y2 <= 32 for x1, y1, x2, y2 in boxes)
         x, y = boxes[0][0] + 12, 16                                                    # the middle of the cue
         assert NAMES[labels[0]].split()[0] == ('red', 'green', 'blue')[int(np.argmax(image.getpixel((int(x), y))))]
-        assert draw_long_range(np.random.default_rng(seed), 1024, 300, 700)[0].size == (1024, 32)
+        assert draw_long_range(np.random.default_rng(seed), 300, 700, width=1024)[0].size == (1024, 32)
         boxes = draw_long_range(np.random.default_rng(seed), near=300, far=700)[2][1:]
         assert min(box[0] for box in boxes) >= 300 and max(box[2] for box in boxes) <= 700
     for near, far in ((20, 2048), (700, 700), (1100, 3000)):
         with pytest.raises(InputError, match='--near'):
-            make_long_range(str(tmp_path), 1, 1, near=near, far=far)
+            make_long_range(str(tmp_path), 1, 1, near, far)
     with pytest.raises(InputError, match='--hidden'):
         make_long_range(str(tmp_path), hidden=1.5)
     make_long_range(str(tmp_path), train=3, val=3)
