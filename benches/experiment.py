@@ -131,9 +131,12 @@ def main():
     if not (name and train and arms and test):
         raise InputError('an experiment is a file with name, train, arms and test: '
                          'python bench.py experiment experiments/detectors_shapes.py')
+    wanted = only.split(',') if only else [arm for arm, _ in arms]
+    if unknown := set(wanted) - {arm for arm, _ in arms}:
+        raise InputError(f'--only={only}: {name} has no arm {", ".join(unknown)}, it has '
+                         + ', '.join(arm for arm, _ in arms))
     os.makedirs('results', exist_ok=True)
     path = os.path.join('results', f'{name}.csv')
-    wanted = only.split(',') if only else [arm for arm, _ in arms]
     for seed in () if show else seeds:
         for arm, more in arms:
             if arm not in wanted or any(r['arm'] == arm and int(r['seed']) == seed for r in read_rows(path)):

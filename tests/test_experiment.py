@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from benches import experiment
+from configurator import InputError
 from prepare.shapes import make_shapes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -37,6 +38,9 @@ def test_a_row_is_run_once(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, 'only', 'b')
     experiment.main()
     assert ran == [('a', 0), ('b', 0), ('b', 1)]
+    monkeypatch.setattr(experiment, 'only', 'b,c')
+    with pytest.raises(InputError, match='e has no arm c, it has a, b'):
+        experiment.main()
     with open(tmp_path / 'results' / 'e.csv', newline='') as f:
         assert [(row['arm'], row['seed'], row['AP']) for row in csv.DictReader(f)] == [
             ('a', '0', '0.5000'), ('b', '0', '0.5000'), ('b', '1', '0.5000')]
