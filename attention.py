@@ -3,7 +3,7 @@ The other letters of the `attn` string: kinds of attention to compare with the s
 
 A mixer is built by (c, cfg); cfg has k, select, heads, pos, keep, as HSVDETConfig does. forward(x, memory=None) -> y,
 x and y (B, C, H, W) of any size, y without the residual; memory (B, T, C) is tokens from another level or frame that
-the queries may attend to as well. (T, which selects tokens, takes two more arguments, as S does.) `Gated` adds the
+the queries may attend to as well. (T and P, which select tokens, take two more arguments, as S does.) `Gated` adds the
 residual and the gate, the same for every letter. HELP says in a line what each letter is and what it costs; make_block
 builds one.
 
@@ -34,6 +34,7 @@ from sparse_attention import SparseGlobalBlock, SparseGlobalBlockGated, autocast
 
 TILE = 8                                                             # cells on the side of a tile of queries (W, N)
 RADIUS = 4                                                           # a window is 2 * 4 + 1 = 9 cells wide (W, N)
+NUM_CHOSEN = 4                                                           # tiles that are attended to token by token (N)
 HELP = {  # letter: what it is, FLOPs per token (two per multiply-add; c channels, N tokens, k selected ones)
     '-': 'no attention',
     'S': 'sparse global: the k most salient tokens see each other; 2c^2 + (4kc^2 + 4k^2 c) / N',
@@ -93,8 +94,8 @@ class Projections(nn.Module):
         """x (B, C, H, W) -> q (B, heads, N, d), k and v (B, heads, N + T, d), float32 at least; memory comes last."""
         B, C, H, W = x.shape
         t = tokens(x)                                                                 # (B, N, C)
-        placed = t + sincos_2d(H, W, C, x.device).to(t.dtype) if self.pos else t
-        q, k, v = self.q_proj(placed), self.k_proj(placed), self.v_proj(t)
+        positioned = t + sincos_2d(H, W, C, x.device).to(t.dtype) if self.pos else t
+        q, k, v = self.q_proj(positioned), self.k_proj(positioned), self.v_proj(t)
         if memory is not None:
             k = torch.cat((k, self.k_proj(memory)), 1)                                # (B, N + T, C)
             v = torch.cat((v, self.v_proj(memory)), 1)
@@ -166,21 +167,20 @@ class SlidingWindow(nn.Module):
     FLOPs per token: 8c^2 + 4(8 + 2r)^2 c, that is 1024c with r = 4, of which (9 / 16)^2 = 32 % pass the mask.
     """
 
-    def __init__(self, c, cfg, radius=RADIUS):
+    def __init__(self, c, cfg):
         super().__init__()
-        self.radius = radius
         self.proj = Projections(c, cfg.heads, cfg.pos)
 
     def forward_reference(self, x, memory=None):
         q, k, v = self.proj(x, memory)
-        mask = F.pad(window_mask(*x.shape[2:], self.radius, x.device), (0, k.shape[2] - q.shape[2]), value=True)
+        mask = F.pad(window_mask(*x.shape[2:], RADIUS, x.device), (0, k.shape[2] - q.shape[2]), value=True)
         return self.proj.join(masked_attention(q, k, v, mask), x)
 
     def forward(self, x, memory=None):
         B, C, H, W = x.shape
         q, k, v = self.proj(x, memory)
         with autocast_off(x):
-            y = from_tiles(window_attention(q, k, v, H, W, self.radius), B, H, W)     # (B, heads, N, d)
+            y = from_tiles(window_attention(q, k, v, H, W, RADIUS), B, H, W)          # (B, heads, N, d)
         return self.proj.join(y, x)
 
 
@@ -259,9 +259,8 @@ class NativeSparse(nn.Module):
     FLOPs per token: 8c^2 + 6c + 4c(N / 64 + 4 * 64 + 16^2). Full attention costs less below 520 tokens: for P3 and P4.
     """
 
-    def __init__(self, c, cfg, num_chosen=4, radius=RADIUS):
+    def __init__(self, c, cfg):
         super().__init__()
-        self.num_chosen, self.radius = num_chosen, radius
         self.proj = Projections(c, cfg.heads, cfg.pos)
         self.branch_gate = nn.Linear(c, 3)
 
@@ -276,11 +275,11 @@ class NativeSparse(nn.Module):
         key, value = (torch.cat((mean @ t[:, :, :N], t[:, :, N:]), 2) for t in (k, v))
         weights = (q @ key.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)      # (B, heads, N, tiles + T)
         score = torch.einsum('bhnj,ni->bij', weights[..., :member.shape[1]], member)  # (B, tiles of queries, of keys)
-        chosen = stable_topk(score.flatten(0, 1).float(), min(self.num_chosen, score.shape[2])).unflatten(0, (B, -1))
+        chosen = stable_topk(score.flatten(0, 1).float(), min(NUM_CHOSEN, score.shape[2])).unflatten(0, (B, -1))
         pick = torch.zeros_like(score, dtype=torch.bool).scatter(2, chosen, True)     # (B, tiles, tiles)
         k, v = k[:, :, :N], v[:, :, :N]
         views = (weights @ value, masked_attention(q, k, v, pick[:, tile][:, None, :, tile]),
-                 masked_attention(q, k, v, window_mask(H, W, self.radius, x.device)))
+                 masked_attention(q, k, v, window_mask(H, W, RADIUS, x.device)))
         gates = self.branch_gate(tokens(x)).sigmoid().to(q.dtype)[:, None]            # (B, 1, N, 3)
         return self.proj.join(sum(gates[..., i:i + 1] * view for i, view in enumerate(views)), x)
 
@@ -301,7 +300,7 @@ class NativeSparse(nn.Module):
             # 2) chosen, for all heads of a tile together. (Padded queries are 0, their weights equal: no say in this)
             tiles = inside.shape[0]
             score = weights[..., :tiles].sum(2).unflatten(1, (B, heads)).sum(2)       # (tiles, B, tiles)
-            count = torch.sym_min(self.num_chosen, tiles)
+            count = torch.sym_min(NUM_CHOSEN, tiles)
             chosen = stable_topk(score.flatten(0, 1).float(), count).unflatten(0, (tiles, B))        # (tiles, B, count)
             image = torch.arange(B, device=x.device)[:, None]
             some_k, some_v = (t.unflatten(1, (B, heads))[chosen, image].transpose(2, 3).flatten(3, 4).flatten(0, 1)
@@ -311,7 +310,7 @@ class NativeSparse(nn.Module):
             exact = F.scaled_dot_product_attention(some_q, some_k, some_v, exists[:, None, None])
             exact = exact.unflatten(0, (tiles, B)).flatten(1, 2)                      # (tiles, B * heads, 64, d)
             # 3) window, and the sum
-            window = window_attention(q, k[:, :, :N], v[:, :, :N], H, W, self.radius)
+            window = window_attention(q, k[:, :, :N], v[:, :, :N], H, W, RADIUS)
             g = to_tiles(gates[:, None].expand(-1, heads, -1, -1), H, W)              # (tiles, B * heads, 64, 3)
             y = from_tiles(g[..., :1] * compressed + g[..., 1:2] * exact + g[..., 2:] * window, B, H, W)
         return self.proj.join(y, x)
@@ -422,38 +421,40 @@ class TokensOnly(SparseGlobalBlock):
     def __init__(self, c, cfg):
         super().__init__(c, cfg.k, cfg.select, cfg.heads, cfg.pos, cfg.keep)
 
-    def maps(self, placed, t, memory=None):
+    def maps(self, positioned, t, memory=None):
         """Tokens with and without positions (B, n, C) -> q (B, heads, n, d), k and v (B, heads, n + T, d)."""
-        placed_k, t = (placed, t) if memory is None else (torch.cat((m, memory.to(t.dtype)), 1) for m in (placed, t))
-        q, k = self.norm_as(project(placed, self.q_proj)), self.norm_as(project(placed_k, self.k_proj))
+        q = self.norm_as(project(positioned, self.q_proj))                            # (B, n, C)
+        if memory is not None:                                                        # (B, n + T, C) from here on
+            positioned, t = (torch.cat((m, memory.to(t.dtype)), 1) for m in (positioned, t))
+        k = self.norm_as(project(positioned, self.k_proj))
         return self.split(q), self.split(k), self.split(project(t, self.v_proj))
 
     def finish(self, t, y):
         """What the heads gathered for tokens t (B, n, C) -> what is added to them."""
         return project(y, self.out_proj)
 
-    def forward_reference(self, x, memory=None, seen=None, chosen=None):
+    def forward_reference(self, x, memory=None, memory_mask=None, chosen=None):
         B, C, H, W = x.shape
         t = tokens(x)                                                                 # (B, N, C)
         q, k, v = self.maps(t + sincos_2d(H, W, C, x.device).to(t.dtype) if self.pos else t, t, memory)
         selected, s, kept = self.select_tokens(x) if chosen is None else chosen
         kept = torch.ones_like(selected, dtype=torch.bool) if kept is None else kept
         attends = torch.zeros(B, H * W, dtype=torch.bool, device=x.device).scatter(1, selected, kept)
-        mask = self.key_mask(H * W, k.shape[2] - H * W, attends, seen)                # (B, 1, 1, N + T)
+        mask = self.key_mask(H * W, k.shape[2] - H * W, attends, memory_mask)         # (B, 1, 1, N + T)
         y = masked_attention(q, k, v, mask).transpose(1, 2).flatten(2)                # (B, N, C)
         y = self.finish(t, y) * attends[..., None]
         if s is not None:
             y = y * torch.zeros(B, H * W, dtype=s.dtype, device=s.device).scatter(1, selected, s.sigmoid())[..., None]
         return y.transpose(1, 2).unflatten(2, (H, W))
 
-    def forward(self, x, memory=None, seen=None, chosen=None):
+    def forward(self, x, memory=None, memory_mask=None, chosen=None):
         B, C, H, W = x.shape
         selected, s, kept = self.select_tokens(x) if chosen is None else chosen       # (B, k) each
         rows = selected[..., None].expand(-1, -1, C)                                  # (B, k, C)
         with autocast_off(x):
             t = tokens(x).gather(1, rows).to(torch.promote_types(x.dtype, torch.float32))            # (B, k, C)
             q, k, v = self.maps(t + sincos_2d(H, W, C, x.device).to(t.dtype)[selected] if self.pos else t, t, memory)
-            mask = self.key_mask(t.shape[1], k.shape[2] - t.shape[1], kept, seen)
+            mask = self.key_mask(t.shape[1], k.shape[2] - t.shape[1], kept, memory_mask)
             y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
             y = self.finish(t, y)                                                     # (B, k, C)
             if s is not None:
@@ -488,20 +489,20 @@ class PublishedLayer(TokensOnly):
         y = super().finish(t, y)
         return y + project(F.gelu(project(layer_norm(self.norm_mlp, t + y), self.mlp_in)), self.mlp_out)
 
-    def run(self, path, x, memory, seen, chosen):
+    def run(self, path, x, memory, memory_mask, chosen):
         chosen = self.select_tokens(x) if chosen is None else chosen
-        placed = self.place(x)                                                        # (B, C, H, W)
-        return placed + path(x + placed, memory, seen, chosen)
+        place = self.place(x)                                                         # (B, C, H, W)
+        return place + path(x + place, memory, memory_mask, chosen)
 
-    def forward_reference(self, x, memory=None, seen=None, chosen=None):
-        return self.run(super().forward_reference, x, memory, seen, chosen)
+    def forward_reference(self, x, memory=None, memory_mask=None, chosen=None):
+        return self.run(super().forward_reference, x, memory, memory_mask, chosen)
 
-    def forward(self, x, memory=None, seen=None, chosen=None):
-        return self.run(super().forward, x, memory, seen, chosen)
+    def forward(self, x, memory=None, memory_mask=None, chosen=None):
+        return self.run(super().forward, x, memory, memory_mask, chosen)
 
-    def attention(self, x, memory=None, seen=None, chosen=None):
+    def attention(self, x, memory=None, memory_mask=None, chosen=None):
         chosen = self.select_tokens(x) if chosen is None else chosen
-        return super().attention(x + self.place(x), memory, seen, chosen)
+        return super().attention(x + self.place(x), memory, memory_mask, chosen)
 
 
 # --- C: convolutions -------------------------------------------------------------------------------------------------
@@ -509,7 +510,7 @@ class PublishedLayer(TokensOnly):
 class Bottleneck(nn.Module):
     """
     What else the parameters of S could be: one more bottleneck of two 3x3 convolutions, through 2c / 9 channels. It has
-    S's 4c^2 parameters and 8c^2 FLOPs per token, more than S, so that what S gains over it attention has brought.
+    S's 4c^2 parameters and 8c^2 FLOPs per token, more than S, so a gain of S over C is due to attention, not to size.
     """
 
     def __init__(self, c):
@@ -569,6 +570,6 @@ def make_block(letter, c, cfg):
 
 
 def selecting(block):
-    """The part of a block that selects tokens, a SparseGlobalBlock (S, F, T); None where none does."""
+    """The part of a block that selects tokens, a SparseGlobalBlock (S, F, T, P); None where none does."""
     mixer = block.mixer if isinstance(block, Gated) else block
     return mixer if isinstance(mixer, SparseGlobalBlock) and mixer.select != 'none' else None

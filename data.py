@@ -522,10 +522,11 @@ def split_command(source, share, group, seed):
     stem, suffix = os.path.splitext(source)
     if suffix != '.json':
         raise InputError(f'{source}: split takes a COCO .json')
-    for name, part in zip(('train', 'val'), split_labels(read_coco(source), share, group, seed), strict=True):
-        path = f'{stem}_{name}.json'
+    paths = [f'{stem}_{name}.json' for name in ('train', 'val')]
+    for path in paths:
         if os.path.exists(path):
             raise InputError(f'{path} is there already: move it away first')
+    for path, part in zip(paths, split_labels(read_coco(source), share, group, seed), strict=True):
         with open(path + '.part', 'w', encoding='utf-8') as f:
             json.dump(part, f)
         os.replace(path + '.part', path)

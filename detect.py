@@ -117,15 +117,15 @@ def list_images(source):
 
 def output_names(files):
     """One name per file to save under, without suffix: a/1.jpg, b/1.jpg, b/1.png -> 1, 1_2, 1_3."""
-    names = []
+    names = {}                                                       # a dict is an ordered set
     for file in files:
         stem = name = os.path.splitext(os.path.basename(file))[0]
         n = 1
         while name in names:
             n += 1
             name = f'{stem}_{n}'
-        names.append(name)
-    return names
+        names[name] = None
+    return list(names)
 
 
 def selecting_blocks(model):
@@ -137,8 +137,9 @@ def selecting_blocks(model):
 def selected_tokens(model, image, **settings):
     """
     Detections (n, 6) in the image, and for each level with a block that selects tokens: its map's (h, w) and stride;
-    the scale and corner that letterboxed the image onto it; (k,) selected cells, row by row; (k, k) their attention
-    weights, averaged over heads. settings: detect_images's.
+    the scale and corner that letterboxed the image onto it; (k,) selected cells, row by row; (k, k) how their attention
+    is shared out among them, averaged over heads: every row sums to 1, what goes to memory left out. settings:
+    detect_images's, its state too.
     """
     seen, blocks, levels = {}, selecting_blocks(model), {}
     hooks = [block.register_forward_pre_hook(lambda _, inputs, level=level: seen.update({level: inputs}))
@@ -150,9 +151,10 @@ def selected_tokens(model, image, **settings):
         _, _, h, w = inputs[0].shape
         stride = 2 ** int(level[1])
         selected, weights = blocks[level].attention(*inputs)                          # (1, k), (1, heads, k, k + T)
-        selected, weights = selected[0], weights[0].mean(0)[:, :selected.shape[1]]    # what goes to memory left out
+        selected, weights = selected[0], weights[0].mean(0)
         kept = weights.sum(1) > 0                                                     # fewer than k under `keep`
-        selected, weights = selected[kept], weights[kept][:, kept]
+        selected, weights = selected[kept], weights[kept, :len(kept)][:, kept]        # the columns of memory left out
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
         _, scale, corner = letterbox(image, (h * stride, w * stride))
         levels[level] = (h, w), stride, scale, corner, selected.cpu().numpy(), weights.cpu().numpy()
     return rows, levels
@@ -289,14 +291,17 @@ def detect_video(model, file, name, add, **settings):
         bar = stack.enter_context(tqdm(total=reader.count, desc=name, unit=' frames', disable=None))
         frames = iter(reader)
         while batch := list(itertools.islice(frames, batch_size)):
-            results = detect_images(model, [image for _, _, image in batch], state=state, **settings)
-            for (number, seconds, image), rows in zip(batch, results, strict=True):
+            if tokens:                                               # frame by frame, as each passes through the blocks
+                results = [selected_tokens(model, image, state=state, **settings) for _, _, image in batch]
+            else:
+                images = [image for _, _, image in batch]
+                results = [(rows, {}) for rows in detect_images(model, images, state=state, **settings)]
+            for (number, seconds, image), (rows, levels) in zip(batch, results, strict=True):
                 if save_images:
                     writers[''].write(draw_detections(image, rows, model.names), seconds)
-                if tokens:
-                    for level, view in selected_tokens(model, image, **settings)[1].items():
-                        shaded = shade_unselected(image, *view)
-                        writers[f'_{level}'].write(draw_detections(shaded, rows, model.names), seconds)
+                for level, view in levels.items():
+                    shaded = shade_unselected(image, *view)
+                    writers[f'_{level}'].write(draw_detections(shaded, rows, model.names), seconds)
                 add(found | dict(frame=number, seconds=round(seconds, 6))
                     for found in coco_results(rows, number, file, model.names))
                 if save_txt:
@@ -331,7 +336,7 @@ def check_settings(model, files):
                          f'--weights={weights} --data=val.json prints that score, give it as --conf=')
     print(f'score threshold {best["score"]:.3f}, where F1 on the validation set was best: precision {best["P"]:.3f}, '
           f'recall {best["R"]:.3f}, F1 {best["F1"]:.3f}')
-    return best['score']
+    return float(np.nextafter(np.float32(best['score']), 0))         # of this score and up; conf means above it
 
 
 def main():

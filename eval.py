@@ -34,6 +34,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import time
 
@@ -175,6 +176,8 @@ def load_model(path, device='cpu', fuse=True, nms=True, **overrides):
     """
     if not os.path.exists(path):
         raise InputError(f'weights "{path}" not found: give --weights=, or train with python train.py config/shapes.py')
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', device):
+        raise InputError(f'--device={device}: must be cpu, cuda or cuda:n')
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise InputError(f'--device={device}: this machine has no such device, use --device=cpu')
     saved = None if path.endswith('.onnx') else read_weights(path)

@@ -201,9 +201,14 @@ class Labels:
         self.sizes.append(size)
 
     def coco(self):
-        """The ground truth as pycocotools wants it: a COCO file as it is, crowds too; YOLO and VOC converted."""
+        """
+        The ground truth as pycocotools wants it, of the classes `names`: a COCO file as it is, crowds too; YOLO and VOC
+        converted.
+        """
         if self.source.endswith('.json'):
-            return ground_truth(read_coco(self.source))                # again: in memory it would cost gigabytes
+            data = read_coco(self.source)                              # again: in memory it would cost gigabytes
+            data['categories'] = [c for c in data['categories'] if c['id'] in self.category_ids]
+            return ground_truth(data)
         images = [dict(id=row, file_name=file, width=w, height=h)
                   for row, (file, (w, h)) in enumerate(zip(self.files, self.sizes.tolist(), strict=True))]
         objects = [(row, label, box, 0) for row in self.image_ids

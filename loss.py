@@ -55,8 +55,8 @@ def bbox_iou(a, b, kind='iou', eps=1e-7):
         return iou - (enclosing_area - union) / enclosing_area
     distance = ((ax1 + ax2 - bx1 - bx2) / 2) ** 2 + ((ay1 + ay2 - by1 - by2) / 2) ** 2
     angle = torch.atan2(aw, ah.clamp(min=eps)) - torch.atan2(bw, bh.clamp(min=eps))   # of the diagonals
-    shape = (angle * 2 / math.pi) ** 2
-    weight = (shape / (1 - iou + shape + eps)).detach()
+    shape = (angle * 2 / math.pi) ** 2                                                # v in the paper
+    weight = (shape / (1 - iou + shape + eps)).detach()                               # alpha in the paper
     return iou - distance / (enclosing_w.square() + enclosing_h.square() + eps) - weight * shape
 
 
@@ -79,19 +79,19 @@ def make_anchor_points(maps, strides=(8, 16, 32)):
 
 
 def flatten_maps(maps):
-    """Three raw maps (B, 64 + K, H, W) -> sides (B, A, 64) and class logits (B, A, K), in float32."""
+    """Three raw maps (B, 64 + K, H, W) -> box logits (B, A, 64) and class logits (B, A, K), in float32."""
     rows = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)                 # (B, A, 64 + K)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return rows[..., :64], rows[..., 64:]
 
 
-def decode_boxes(sides, points, strides):
+def decode_boxes(box_logits, points, strides):
     """
-    sides (..., A, 64) logits, four sides (left, top, right, bottom) x 16 bins; points (A, 2), strides (A, 1) in pixels
+    box_logits (..., A, 64), four sides (left, top, right, bottom) x 16 bins; points (A, 2), strides (A, 1) in pixels
     -> boxes (..., A, 4) xyxy. A side's length is the expectation over its bins, 0 to 15 strides.
     """
-    bins = torch.arange(16, dtype=sides.dtype, device=sides.device)
-    length = (sides.unflatten(-1, (4, 16)).softmax(-1) * bins).sum(-1) * strides      # (..., A, 4)
+    bins = torch.arange(16, dtype=box_logits.dtype, device=box_logits.device)
+    length = (box_logits.unflatten(-1, (4, 16)).softmax(-1) * bins).sum(-1) * strides      # (..., A, 4)
     return torch.cat((points - length[..., :2], points + length[..., 2:]), -1)
 
 
@@ -163,16 +163,16 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
 
 # --- losses ----------------------------------------------------------------------------------------------------------
 
-def dfl(sides, length):
+def dfl(box_logits, length):
     """
-    Distribution focal loss. sides (n, 4, 16) logits, length (n, 4) the wanted side in strides -> (n,).
+    Distribution focal loss. box_logits (n, 4, 16), length (n, 4) the wanted side in strides -> (n,).
 
     The wanted length lies between two bins; the loss is the cross entropy with all mass on these two, split so that
     the expectation is exact.
     """
     length = length.clamp(0, 15 - 0.01)
     low = length.floor()
-    log_p = sides.log_softmax(-1)                                                     # (n, 4, 16)
+    log_p = box_logits.log_softmax(-1)                                                # (n, 4, 16)
     at_low = log_p.gather(2, low.long()[..., None])[..., 0]                           # (n, 4)
     at_high = log_p.gather(2, low.long()[..., None] + 1)[..., 0]
     return -(at_low * (low + 1 - length) + at_high * (length - low)).mean(1)
@@ -188,20 +188,20 @@ def detection_loss(maps, targets, loss_weights=(7.5, 0.5, 1.5), topk=10):
     batch, which no part of it knows alone; total_loss does it for one batch. An image or batch without objects keeps
     the graph: its box terms are sums over nothing.
     """
-    sides, logits = flatten_maps(maps)                                                # (B, A, 64), (B, A, K)
+    box_logits, logits = flatten_maps(maps)                                           # (B, A, 64), (B, A, K)
     points, strides = make_anchor_points(maps)                                        # (A, 2), (A, 1)
-    labels, gt_boxes = targets['labels'], targets['boxes'].to(sides.dtype)
+    labels, gt_boxes = targets['labels'], targets['boxes'].to(box_logits.dtype)
     with torch.no_grad():
-        boxes = decode_boxes(sides, points, strides)                                  # (B, A, 4)
+        boxes = decode_boxes(box_logits, points, strides)                             # (B, A, 4)
     assigned_gt_idx, target_scores = assign(logits.detach().sigmoid(), boxes, points, labels, gt_boxes, topk)
 
     b, a = (assigned_gt_idx >= 0).nonzero(as_tuple=True)                              # (F,) foreground points
     weight = target_scores[b, a].sum(1)                                               # (F,)
     gt = gt_boxes[b, assigned_gt_idx[b, a]]                                           # (F, 4)
-    fg_sides = sides[b, a]                                                            # (F, 64)
-    box_loss = ((1 - ciou(decode_boxes(fg_sides, points[a], strides[a]), gt)) * weight).sum()
+    fg_logits = box_logits[b, a]                                                      # (F, 64)
+    box_loss = ((1 - ciou(decode_boxes(fg_logits, points[a], strides[a]), gt)) * weight).sum()
     length = torch.cat((points[a] - gt[:, :2], gt[:, 2:] - points[a]), 1) / strides[a]
-    dfl_loss = (dfl(fg_sides.unflatten(1, (4, 16)), length) * weight).sum()
+    dfl_loss = (dfl(fg_logits.unflatten(1, (4, 16)), length) * weight).sum()
     cls_loss = F.binary_cross_entropy_with_logits(logits, target_scores, reduction='sum')
 
     sums = dict(box=loss_weights[0] * box_loss, cls=loss_weights[1] * cls_loss, dfl=loss_weights[2] * dfl_loss)

@@ -53,11 +53,11 @@ class HSVDETConfig:
     select: str = 'l2sq'                                                              # l2sq l2 random learned
     gate: str = 'learned'                                                             # learned fixed none
     heads: int = 1                                                                    # attention heads
-    pos: bool = False                                                                 # positional code for q and k
+    pos: bool = False                                                                 # positional encoding of q and k
     one2one: bool = False                                                             # a second head that needs no NMS
     keep: str = ''     # 'mass:0.5': of the k those that hold half of the importance; 'joint': P4 and P5 share their k's
     memory: str = ''   # 'scale': P4's tokens attend to P5's too; 'time': to those of earlier frames; or 'scale,time'.
-    #                    With ':shuffled' (the control) they get the tokens of another image of the batch
+    #                    With ':shuffled' (the control) they get the tokens of another image of the batch of 2 or more
     frames: int = 2                                                                   # earlier frames that 'time' keeps
 
     def __post_init__(self):
@@ -76,17 +76,19 @@ class HSVDETConfig:
                 (re.fullmatch(r'(mass:(0?\.\d*[1-9]\d*|1|1\.0*)|joint)?', self.keep),
                  f"keep must be 'mass:0.5' (a share up to 1), 'joint' or nothing, got {self.keep!r}"),
                 (not self.keep or self.select != 'random', f'keep={self.keep} needs an importance: select=l2sq'),
-                (self.keep != 'joint' or set(self.attn[1:]) <= set('ST') and self.select != 'learned'
+                (not self.keep or set(self.attn) & set('STP'),
+                 f'keep={self.keep} needs attn S, T or P somewhere, got attn={self.attn}'),
+                (self.keep != 'joint' or set(self.attn[1:]) <= set('STP') and self.select != 'learned'
                  and all(type(k) is int and k > 0 for k in self.each_k()[1:]),
-                 'keep=joint needs attn S or T at P4 and P5, select=l2sq or l2, and k as counts, '
+                 'keep=joint needs attn S, T or P at P4 and P5, select=l2sq or l2, and k as counts, '
                  f'got attn={self.attn}, select={self.select}, k={self.k}'),
                 (re.fullmatch(r'((scale|time|scale,time)(:shuffled)?)?', self.memory),
                  f"memory must be 'scale', 'time', 'scale,time', one of them with ':shuffled', or nothing, "
                  f'got {self.memory!r}'),
-                ('scale' not in self.memory or set(self.attn[1:]) <= set('SFT'),
-                 f'memory={self.memory} needs attn S, F or T at P4 and P5, got attn={self.attn}'),
-                ('time' not in self.memory or set(self.attn[1:]) & set('SFT'),
-                 f'memory={self.memory} needs attn S, F or T at P4 or P5, got attn={self.attn}'),
+                ('scale' not in self.memory or set(self.attn[1:]) <= set('SFTP'),
+                 f'memory={self.memory} needs attn S, F, T or P at P4 and P5, got attn={self.attn}'),
+                ('time' not in self.memory or set(self.attn[1:]) & set('SFTP'),
+                 f'memory={self.memory} needs attn S, F, T or P at P4 or P5, got attn={self.attn}'),
                 (type(self.frames) is int and self.frames >= 1, f'frames must be at least 1, got {self.frames!r}')):
             if not ok:
                 raise InputError(message)
@@ -188,7 +190,7 @@ class Detect(nn.Module):
 
     def __init__(self, channels, K):
         super().__init__()
-        c_box, c_cls = max(16, channels[0] // 4, 64), max(channels[0], min(K, 100))
+        c_box, c_cls = max(channels[0] // 4, 64), max(channels[0], min(K, 100))
         self.box = nn.ModuleList(head_branch(c, c_box, 64) for c in channels)
         self.cls = nn.ModuleList(head_branch(c, c_cls, K) for c in channels)
         # 0..15: what a bin stands for. It never trains; a parameter because the published counts include these 16
@@ -450,21 +452,22 @@ class HSVDET(nn.Module):
         mixer = selecting(block)
         if mixer is None or not (self.cfg.memory or self.cfg.keep):
             return x if block is None else block(x), None
-        memory = seen = None
+        memory = memory_mask = None
         if offered:
             memory = torch.cat([tokens for tokens, _ in offered], 1)                  # (B, T, C)
             if any(kept is not None for _, kept in offered):
-                seen = torch.cat([tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if kept is None else kept
+                memory_mask = torch.cat([tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if kept is None else kept
                                   for tokens, kept in offered], 1)                    # (B, T)
             if self.cfg.memory.endswith(':shuffled'):
-                memory, seen = memory.roll(1, 0), None if seen is None else seen.roll(1, 0)
+                memory = memory.roll(1, 0)
+                memory_mask = None if memory_mask is None else memory_mask.roll(1, 0)
         chosen = mixer.select_tokens(x, count)
-        x = block(x, memory, seen, chosen)
+        x = block(x, memory, memory_mask, chosen)
         B, C, H, W = x.shape
-        tokens = x.flatten(2).transpose(1, 2).gather(1, chosen[0][..., None].expand(-1, -1, C))       # (B, k, C)
+        tokens = x.flatten(2).transpose(1, 2).gather(1, chosen.cells[..., None].expand(-1, -1, C))       # (B, k, C)
         if mixer.pos:
-            tokens = tokens + sincos_2d(H, W, C, x.device).to(x.dtype)[chosen[0]]
-        return x, Taken(chosen[0], chosen[2], tokens)
+            tokens = tokens + sincos_2d(H, W, C, x.device).to(x.dtype)[chosen.cells]
+        return x, Taken(chosen.cells, chosen.kept, tokens)
 
     def joint_counts(self, p4, p5):
         """
@@ -520,7 +523,7 @@ class HSVDET(nn.Module):
         return (n3, m4, m5), taken
 
     def forward_features(self, images):
-        """images (B, 3, H, W), or clips (B, F, 3, H, W) whose last frame is asked about -> the three maps."""
+        """images (B, 3, H, W), or clips (B, F, 3, H, W) -> the three maps, of a clip those of its last frame."""
         if images.ndim == 4:
             return self.features(images)[0]
         state = None
@@ -547,11 +550,11 @@ class HSVDET(nn.Module):
 
     def forward(self, images, targets=None):
         """
-        images (B, 3, H, W) in 0..1, H and W multiples of 32, or clips (B, F, 3, H, W) whose last frame is asked about
+        images (B, 3, H, W) in 0..1, H and W multiples of 32, or clips (B, F, 3, H, W), whose last frame is detected in
         -> maps, losses.
 
         maps: three raw tensors (B, 64 + K, H / s, W / s), s = 8, 16, 32; 4 sides (left, top, right, bottom) x 16 bins,
-        then class logits. losses: {} without targets, else {part: (weighted sums by name, their divisor)} for the parts
+        then class logits. losses: {} without targets, else {part: (weighted sums by name, normalizer)} for the parts
         one2many and, where that head exists, one2one; see loss.detection_loss and loss.total_loss.
         """
         H, W = images.shape[-2:]
@@ -572,8 +575,8 @@ class HSVDET(nn.Module):
 
     def decode(self, maps):
         """Raw maps -> boxes (B, A, 4) xyxy in input pixels, scores (B, A, K) probabilities, in float32."""
-        sides, logits = flatten_maps(maps)
-        return decode_boxes(sides, *make_anchor_points(maps)), logits.sigmoid()
+        box_logits, logits = flatten_maps(maps)
+        return decode_boxes(box_logits, *make_anchor_points(maps)), logits.sigmoid()
 
     def postprocess(self, maps, conf=0.25, iou=0.7, max_det=300, multi_label=False):
         """
@@ -616,7 +619,7 @@ class HSVDET(nn.Module):
         return make_param_groups(self, part_of, lr, weight_decay, factors)
 
     def loss_parameters(self):
-        """Which parameters the divisor of each part of the losses scales: {part: list}. No parameter is in two."""
+        """{part of the losses: the parameters it trains}: their gradients are divided by that part's normalizer."""
         parts = dict(one2many=[], one2one=[])
         for name, p in self.named_parameters():
             parts['one2one' if name.startswith('one2one') else 'one2many'].append(p)

@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import re
 from html import escape as esc
 
 import numpy as np
@@ -142,14 +143,15 @@ def log_panels(path):
     """log.csv -> {title of a panel: {label: [(epoch, value)]}}, without empty cells and columns."""
     with open(path, newline='', encoding='utf-8') as f:
         rows = list(csv.DictReader(f))
-    panels = {title: {} for title in ('losses', 'AP', 'learning rate', 'gates', '|block(x) - x| / |x|')}
+    panels = {title: {} for title in ('losses', 'AP', 'learning rate', 'gates', '|block(x) - x| / |x|', 'tokens kept')}
     for column in rows[0] if rows else ():
         points = [(float(row['epoch']), float(row[column])) for row in rows if row[column]]            # (x, y)
         if points and column not in ('step', 'epoch', 'objects', 'grad_norm'):
             title = ('AP' if column.startswith('AP') else 'learning rate' if column == 'lr' else
                      'gates' if column.startswith('gate_') else
-                     '|block(x) - x| / |x|' if column.startswith('share_') else 'losses')
-            panels[title][column.removeprefix('gate_').removeprefix('share_')] = points
+                     '|block(x) - x| / |x|' if column.startswith('share_') else
+                     'tokens kept' if column.startswith('kept_') else 'losses')
+            panels[title][re.sub('^(gate|share|kept)_', '', column)] = points
     return {title: lines for title, lines in panels.items() if lines}
 
 

@@ -30,7 +30,7 @@ import eval as ev
 from checkpoint import read_checkpoint
 from configurator import InputError
 from data import PAD_VALUE, letterbox, load_image
-from detect import selected_tokens, selecting_blocks
+from detect import detect_images, selected_tokens, selecting_blocks
 from plots import ALL, data_uri, draw_confusion, draw_precision_recall, log_panels, svg_cells, svg_chart, svg_picture
 
 MAX_ABLATION = 500         # images on which AP is taken once more, without the blocks
@@ -104,11 +104,11 @@ def picture(image, size):
     return f'<image width="{size[0]}" height="{size[1]}" preserveAspectRatio="none" href="{data_uri(image)}"/>'
 
 
-def read_photo(dataset, row):
-    """An image of a dataset, grey where it cannot be read, as evaluation takes it."""
+def read_photo(dataset, row, back=0):
+    """An image of a dataset, or the frame `back` before it; grey where it cannot be read, as evaluation takes it."""
     size = tuple(dataset.sizes[row].tolist())
     try:
-        return load_image(dataset.files[row], size)
+        return load_image(dataset.clip_files(row)[-1 - back], size)
     except InputError:
         return Image.new('RGB', size, (PAD_VALUE,) * 3)
 
@@ -214,7 +214,9 @@ def show_mistakes(coco_gt, detections, threshold, dataset):
             + table(('false alarms', 'count'), [(kind, str(count[kind])) for kind in KINDS]))
     if dataset is None:
         return text
-    suspects = [b for b in false if b.error == KINDS[-1]][:SUSPECTS]
+    there = set(dataset.image_ids)                                   # an image without a file has objects, but no photo
+    missed = [b for b in missed if b.image in there]
+    suspects = [b for b in false if b.error == KINDS[-1] and b.image in there][:SUSPECTS]
     missed.sort(key=lambda b: (b.xyxy[0] - b.xyxy[2]) * (b.xyxy[3] - b.xyxy[1]))
     for cases, title, note in (
             (suspects, 'Overlooked by the labels?', 'The most confident false alarms (red) that no labelled box '
@@ -231,7 +233,7 @@ def show_mistakes(coco_gt, detections, threshold, dataset):
 def watch_blocks(model, dataset, rows, shape):
     """
     What the blocks that select tokens do on the images of these rows, in an input of `shape`: {level: dict}. {} where
-    there is none, or too much to look at. Attention is averaged over heads.
+    there is none, or too much to look at. Attention is that of the chosen cells to each other, averaged over heads.
 
     figures (images, 6)    how many cells are chosen; which share of them has its centre in a labelled box; which share
                            of all cells; the distance of chosen cells, in cells, weighted by attention; the same with
@@ -245,8 +247,11 @@ def watch_blocks(model, dataset, rows, shape):
            for level, block in selecting_blocks(model).items()):
         return found
     for row in sorted(rows, key=lambda row: -len(dataset.boxes[row])):
-        image = read_photo(dataset, row)
-        _, levels = selected_tokens(model, image, imgsz=shape)
+        state = [None] if model.frames else None                     # with memory=time the frames before it come first
+        *before, image = (read_photo(dataset, row, back) for back in reversed(range(dataset.frames + 1)))
+        for frame in before:
+            detect_images(model, [frame], imgsz=shape, state=state)
+        _, levels = selected_tokens(model, image, imgsz=shape, state=state)
         for level, ((h, w), stride, scale, corner, chosen, weights) in levels.items():
             boxes = (dataset.boxes[row] * scale + np.tile(corner, 2)) / stride                       # (n, 4) in cells
             centres = np.stack(np.divmod(np.arange(h * w), w)[::-1], 1) + 0.5                        # (N, 2) x, y
@@ -424,8 +429,9 @@ def describe(saved, model, coco_gt, data, settings):
         text = type(model).__name__ + ''.join(f', {key} {network[key]}' for key in ('scale', 'attn') if key in network)
         text += f', {parameters / 1e6:.2f} M parameters' if parameters else ''
         if 'train_data' in config:
-            text += (f', trained on {config["train_data"]} at {"x".join(map(str, saved["imgsz"]))}, {config["epochs"]} '
-                     f'epochs, batches of {config["batch_size"]}; the weights are those of step {saved.get("step")}')
+            text += (f', trained on {config["train_data"]} at {"x".join(map(str, saved["imgsz"]))}, batches of '
+                     f'{config["batch_size"]}; the weights are those of step {saved.get("step")} of '
+                     f'{saved.get("total_steps", "an unknown number")}')
         text += f', commit {saved["commit"][:9]}' if saved.get('commit') else ''
         text += f'. Evaluated at {"x".join(map(str, ev.input_shape(model, settings["imgsz"])))} on '
     images, classes = len(coco_gt['images']), len(coco_gt['categories'])

@@ -54,6 +54,7 @@ al. 2021 (2111.14330); router scores that scale the update, Mixture-of-Depths, R
 """
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ def autocast_off(x):
 
 def sincos_2d(H, W, c, device):
     """Sine-cosine codes of the cells, (H*W, c): a quarter of the channels each for sin y, cos y, sin x, cos x."""
-    assert c % 4 == 0, f'the positional code needs channels in fours, got {c}'
+    assert c % 4 == 0, f'the positional encoding needs channels in fours, got {c}'
     omega = torch.exp(torch.arange(c // 4, device=device) * (-math.log(10000.0) / (c // 4)))
     y, x = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing='ij')
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega                         # (N, c/4) each
@@ -95,6 +96,13 @@ def stable_topk(importance, k, sorted=False):
     bits = torch.where(bits < 0, bits ^ 0x7fffffff, bits).long()
     key = (bits << 32) + torch.arange(N - 1, -1, -1, device=importance.device)
     return key.topk(k, dim=1, sorted=sorted).indices
+
+
+class Selection(NamedTuple):
+    """What select_tokens chose of B maps."""
+    cells: torch.Tensor                                                               # (B, k) row-major indices
+    scores: torch.Tensor | None                                                       # (B, k), if they are learned
+    kept: torch.Tensor | None                                                         # (B, k) bool; None: all of them
 
 
 class SparseGlobalBlock(nn.Module):
@@ -149,38 +157,38 @@ class SparseGlobalBlock(nn.Module):
             g = None if self.training else torch.Generator().manual_seed(0)          # an evaluation must repeat itself
             return torch.rand(B, H * W, generator=g).to(x.device)
         if self.select == 'learned':
-            rows = x.flatten(2).transpose(1, 2).to(wide)                              # (B, N, C)
-            return F.linear(rows, self.score.weight.to(wide), self.score.bias.to(wide))[..., 0]
+            tokens = x.flatten(2).transpose(1, 2).to(wide)                            # (B, N, C)
+            return F.linear(tokens, self.score.weight.to(wide), self.score.bias.to(wide))[..., 0]
         norm = torch.linalg.vector_norm(x.detach().flatten(2), dim=1, dtype=wide)     # without a map of squares
         return norm if self.select == 'l2' else norm.square()
 
     def select_tokens(self, x, count=None):
         """
-        x (B, C, H, W) -> selected (B, k) row-major cell indices; the learned scores of those cells (B, k) or None; and
-        which of them are kept, (B, k) bool, or None for all. count (B,): how many to keep, where somebody else decides
-        it; else `keep` does. The kept ones come first, by falling importance.
+        x (B, C, H, W) -> Selection. count (B,): how many to keep, where somebody else decides it; else `keep` does. The
+        kept ones come first, by falling importance.
         """
         importance, k = self.importance(x), self.num_selected(x.shape[2] * x.shape[3])
         adaptive = count is not None or self.mass > 0
         selected = stable_topk(importance.detach().float(), k, sorted=adaptive)       # (B, k)
         s = importance.gather(1, selected) if self.select == 'learned' else None      # (B, k)
         if not adaptive:
-            return selected, s, None
+            return Selection(selected, s, None)
         if count is not None:
-            return selected, s, torch.arange(k, device=x.device) < count[:, None]
+            return Selection(selected, s, torch.arange(k, device=x.device) < count[:, None])
         mass = importance.detach().sigmoid() if self.select == 'learned' else importance
         share = mass.gather(1, selected).cumsum(1) / mass.sum(1, keepdim=True)        # (B, k) held up to and with each
-        return selected, s, F.pad(share, (1, -1)) < self.mass                         # those before it are not enough
+        kept = F.pad(share, (1, -1)) < self.mass                                      # those before it are not enough
+        return Selection(selected, s, kept)
 
     # --- 2, 3: the definition ----------------------------------------------------------------------------------------
 
     @staticmethod
-    def key_mask(k, T, kept, seen):
+    def key_mask(k, T, kept, memory_mask):
         """Which of k selected tokens and T of memory may be attended to: (B, 1, 1, k + T) bool; None: all."""
-        if kept is None and seen is None:
+        if kept is None and memory_mask is None:
             return None
-        there = kept if seen is None else seen
-        parts = [part if part is not None else there.new_ones(there.shape[0], n) for part, n in ((kept, k), (seen, T))]
+        there = kept if memory_mask is None else memory_mask
+        parts = [there.new_ones(len(there), n) if mask is None else mask for mask, n in ((kept, k), (memory_mask, T))]
         return torch.cat(parts, 1)[:, None, None]
 
     def weights(self, q, k, mask=None):
@@ -196,30 +204,30 @@ class SparseGlobalBlock(nn.Module):
         """(B, n, C) -> (B, heads, n, C / heads)"""
         return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-    def forward_reference(self, x, memory=None, seen=None, chosen=None):
+    def forward_reference(self, x, memory=None, memory_mask=None, chosen=None):
         """The definition, as slow as it reads: four dense maps, then gather, attend, scatter. Arguments: forward's."""
         B, C, H, W = x.shape
-        placed = x + sincos_2d(H, W, C, x.device).to(x.dtype).T.view(C, H, W) if self.pos else x
+        positioned = x + sincos_2d(H, W, C, x.device).to(x.dtype).T.view(C, H, W) if self.pos else x
         v = self.v_proj(x).flatten(2).transpose(1, 2)                                 # (B, N, C)
         if self.select != 'none':
-            q = self.q_proj(placed).flatten(2).transpose(1, 2)                        # (B, N, C)
-            k = self.k_proj(placed).flatten(2).transpose(1, 2)                        # (B, N, C)
+            q = self.q_proj(positioned).flatten(2).transpose(1, 2)                    # (B, N, C)
+            k = self.k_proj(positioned).flatten(2).transpose(1, 2)                    # (B, N, C)
             selected, s, kept = self.select_tokens(x) if chosen is None else chosen   # (B, k) each
-            rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
+            index = selected[..., None].expand(-1, -1, C)                             # (B, k, C)
             wide = torch.promote_types(x.dtype, torch.float32)
             with autocast_off(x):
-                q, k, v_sel = (t.gather(1, rows).to(wide) for t in (q, k, v))         # (B, k, C) each
+                q, k, v_sel = (t.gather(1, index).to(wide) for t in (q, k, v))        # (B, k, C) each
                 v_all = v_sel
                 if memory is not None:                                                # (B, k + T, C) from here on
                     k = torch.cat((k, project(memory.to(wide), self.k_proj)), 1)
                     v_all = torch.cat((v_sel, project(memory.to(wide), self.v_proj)), 1)
-                mask = self.key_mask(q.shape[1], k.shape[1] - q.shape[1], kept, seen)
+                mask = self.key_mask(q.shape[1], k.shape[1] - q.shape[1], kept, memory_mask)
                 attended = (self.weights(q, k, mask) @ self.split(v_all)).transpose(1, 2).flatten(2)  # (B, k, C)
                 if s is not None:
                     attended = v_sel + s.sigmoid()[..., None] * (attended - v_sel)
                 if kept is not None:
                     attended = torch.where(kept[..., None], attended, v_sel)
-            v = v.scatter(1, rows, attended.to(v.dtype))
+            v = v.scatter(1, index, attended.to(v.dtype))
         return self.out_proj(v.transpose(1, 2).reshape(B, C, H, W))
 
     # --- 2, 3: the same, almost free ------------------------------------------------------------------------------
@@ -243,42 +251,42 @@ class SparseGlobalBlock(nn.Module):
         del self.v_proj, self.out_proj
         return self
 
-    def forward(self, x, memory=None, seen=None, chosen=None):
+    def forward(self, x, memory=None, memory_mask=None, chosen=None):
         """
         x (B, C, H, W) -> (B, C, H, W). memory (B, T, C): tokens from elsewhere that the selected ones attend to as
-        well; seen (B, T) bool: which of them count (None: all). chosen: the answer of select_tokens, if it is there.
+        well; memory_mask (B, T) bool: which of them count (None: all). chosen: a Selection made before, or None.
         """
         B, C, H, W = x.shape
         weight = self.dense_weight()
         y = F.conv2d(x, weight)                                                       # (B, C, H, W): out(v) everywhere
         if self.select == 'none':
             return y
-        x_rows = x.flatten(2).transpose(1, 2)                                         # (B, N, C)
-        y_rows = y.view(B, C, H * W).transpose(1, 2)                                  # (B, N, C), a view of y
+        x_tokens = x.flatten(2).transpose(1, 2)                                       # (B, N, C)
+        y_tokens = y.view(B, C, H * W).transpose(1, 2)                                # (B, N, C), a view of y
         wide = torch.promote_types(x.dtype, torch.float32)
         # nothing to gather when all attend; where N is a symbol only k = 0 says so, for every N
         takes_all = self.k == 0 or type(H * W) is int and self.num_selected(H * W) == H * W
         all_selected = takes_all and self.select != 'learned' and not self.mass and chosen is None
         if all_selected:
-            t, u, s, kept = x_rows, y_rows, None, None
+            t, u, s, kept = x_tokens, y_tokens, None, None
         else:
             selected, s, kept = self.select_tokens(x) if chosen is None else chosen   # (B, k) each
-            rows = selected[..., None].expand(-1, -1, C)                              # (B, k, C)
-            t, u = x_rows.gather(1, rows), y_rows.gather(1, rows)                     # (B, k, C)
+            index = selected[..., None].expand(-1, -1, C)                             # (B, k, C)
+            t, u = x_tokens.gather(1, index), y_tokens.gather(1, index)               # (B, k, C)
         with autocast_off(x):
             t, u = t.to(wide).contiguous(), u.to(wide).contiguous()           # rows in one piece, or SDPA builds N x N
-            placed = t
+            positioned = t
             if self.pos:
                 code = sincos_2d(H, W, C, x.device).to(wide)
-                placed = t + (code if all_selected else code[selected])
-            tokens, placed_all, u_all = t, placed, u
+                positioned = t + (code if all_selected else code[selected])
+            tokens, positioned_all, u_all = t, positioned, u
             if memory is not None:                                                    # (B, k + T, C) from here on
                 memory = memory.to(wide)
-                tokens, placed_all = torch.cat((t, memory), 1), torch.cat((placed, memory), 1)
+                tokens, positioned_all = torch.cat((t, memory), 1), torch.cat((positioned, memory), 1)
                 u_all = torch.cat((u, F.linear(memory, weight.flatten(1).to(wide))), 1)
-            mask = self.key_mask(t.shape[1], tokens.shape[1] - t.shape[1], kept, seen)
-            q = self.split(self.norm_as(project(placed, self.q_proj)))                # (B, heads, k, hs)
-            k = self.split(self.norm_as(project(placed_all, self.k_proj)))            # (B, heads, k + T, hs)
+            mask = self.key_mask(t.shape[1], tokens.shape[1] - t.shape[1], kept, memory_mask)
+            q = self.split(self.norm_as(project(positioned, self.q_proj)))            # (B, heads, k, hs)
+            k = self.split(self.norm_as(project(positioned_all, self.k_proj)))        # (B, heads, k + T, hs)
             if self.heads == 1:
                 attended = F.scaled_dot_product_attention(q, k, u_all[:, None], mask)[:, 0]  # (B, k, C): A (out v)
             else:                          # each head has an A of its own, so `out` comes after them, on k tokens only
@@ -293,16 +301,16 @@ class SparseGlobalBlock(nn.Module):
         if all_selected:
             return attended.to(y.dtype).transpose(1, 2).reshape(B, C, H, W)
         if not torch.is_grad_enabled():                                         # in place: saves a copy of N C numbers
-            y_rows.scatter_(1, rows, attended.to(y.dtype))
+            y_tokens.scatter_(1, index, attended.to(y.dtype))
             return y
-        y_rows = y_rows.scatter(1, rows, attended.to(y.dtype))
-        return y_rows.transpose(1, 2).reshape(B, C, H, W)
+        y_tokens = y_tokens.scatter(1, index, attended.to(y.dtype))
+        return y_tokens.transpose(1, 2).reshape(B, C, H, W)
 
     def head_mix(self):
         """The (C, C) weight that follows the heads."""
         return self.out_proj.weight.flatten(1)
 
-    def attention(self, x, memory=None, seen=None, chosen=None):
+    def attention(self, x, memory=None, memory_mask=None, chosen=None):
         """
         For looking at, with forward's arguments: selected (B, k) row-major cell indices and their weights
         (B, heads, k, k + T), on each other and on memory. A row sums to 1; rows and columns of tokens that are not kept
@@ -310,12 +318,12 @@ class SparseGlobalBlock(nn.Module):
         """
         B, C, H, W = x.shape
         selected, _, kept = self.select_tokens(x) if chosen is None else chosen
-        placed = x.flatten(2).transpose(1, 2).float()                                 # (B, N, C)
+        positioned = x.flatten(2).transpose(1, 2).float()                             # (B, N, C)
         if self.pos:
-            placed = placed + sincos_2d(H, W, C, x.device)
-        t = placed.gather(1, selected[..., None].expand(-1, -1, C))                   # (B, k, C)
+            positioned = positioned + sincos_2d(H, W, C, x.device)
+        t = positioned.gather(1, selected[..., None].expand(-1, -1, C))               # (B, k, C)
         keys = t if memory is None else torch.cat((t, memory.float()), 1)             # (B, k + T, C)
-        mask = self.key_mask(t.shape[1], keys.shape[1] - t.shape[1], kept, seen)
+        mask = self.key_mask(t.shape[1], keys.shape[1] - t.shape[1], kept, memory_mask)
         weights = self.weights(project(t, self.q_proj), project(keys, self.k_proj), mask)
         return selected, weights if kept is None else weights * kept[:, None, :, None]
 

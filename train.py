@@ -220,15 +220,15 @@ if make_data and is_main_process and not os.path.exists(train_data) and (train_d
     make(os.path.dirname(train_data))
 if ddp:
     dist.barrier()
-earlier = config['frames'] if arch == 'hsvdet' and 'time' in config['memory'] else 0   # frames that come with an image
-train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cache_mb, frames=earlier)
-val_set = DetectionDataset(val_data, val_images, imgsz, names=train_set.names, frames=earlier)  # classes in that order
+memory_frames = config['frames'] if arch == 'hsvdet' and 'time' in config['memory'] else 0  # that come with an image
+train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cache_mb, frames=memory_frames)
+val_set = DetectionDataset(val_data, val_images, imgsz, names=train_set.names, frames=memory_frames)
 objects = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.names))
 n_images, micro = len(train_set), batch_size // (grad_accum * world_size)
-longer = max(1.0, min_steps * batch_size / (epochs * n_images))
-if longer > 1:
+stretch = max(1.0, min_steps * batch_size / (epochs * n_images))
+if stretch > 1:
     epochs, warmup_epochs, no_aug_epochs, eval_interval = (
-        some * longer for some in (epochs, warmup_epochs, no_aug_epochs, eval_interval))
+        some * stretch for some in (epochs, warmup_epochs, no_aug_epochs, eval_interval))
     print0(f'{epochs:.0f} epochs instead of {config["epochs"]}: {n_images} images then have {min_steps} steps '
            '(as you say it: --min_steps=0)')
 train_set.no_aug_epoch = epochs - no_aug_epochs
@@ -285,7 +285,7 @@ def make_loader(first):
 
 if show_batch:
     samples = [train_set[key] for key in next(iter(Batches(0)))]
-    page = image_grid([(s['image'][-1] if earlier else s['image'], s['boxes'], s['labels']) for s in samples],
+    page = image_grid([(s['image'][-1] if memory_frames else s['image'], s['boxes'], s['labels']) for s in samples],
                       train_set.names)
     save_image(page, os.path.join(out_dir, 'batch.png'))
     raise SystemExit
@@ -299,9 +299,9 @@ def load_resume():
             saved = read_checkpoint(path)
             if 'optimizers' not in saved:
                 raise InputError(f'{path} holds weights only: start from it with --init_from={path}')
-            kinds = dict(model=dict, ema=dict, optimizers=list, scaler=dict, config=dict, running=dict, step=int,
+            types = dict(model=dict, ema=dict, optimizers=list, scaler=dict, config=dict, running=dict, step=int,
                          count=int, best=float)
-            if wrong := [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]:
+            if wrong := [name for name, some in types.items() if not isinstance(saved.get(name), some)]:
                 raise InputError(f'{path} is damaged: {wrong[0]} is missing or of another kind')
         except InputError as e:
             damaged = damaged or str(e)
@@ -347,7 +347,7 @@ if sync_bn and ddp:
     model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 kinds = {part: config[f'optimizer_{part}'] or optimizer for part in ('backbone', 'neck', 'block', 'head')}
 factors = {part: config[f'lr_{part}'] for part in kinds}
-groups = model.param_groups(1.0, weight_decay, factors)                               # what is frozen next is in them
+groups = model.param_groups(1.0, weight_decay, factors)      # before the backbone is frozen, for its dtype
 if freeze == 'backbone':
     model.backbone.requires_grad_(False)
 optimizers = make_optimizers(model.param_groups(1.0, weight_decay, factors), kinds, lr, momentum, beta2)
@@ -396,12 +396,12 @@ def move_earlier_run():
     if not any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'best.pt')):
         return
     n = next(n for n in range(1, 10 ** 6) if not os.path.exists(os.path.join(out_dir, f'earlier_{n}')))
-    earlier = os.path.join(out_dir, f'earlier_{n}')
-    os.makedirs(earlier)
+    folder = os.path.join(out_dir, f'earlier_{n}')
+    os.makedirs(folder)
     for name in os.listdir(out_dir):
         if re.fullmatch(FILES, name):
-            os.replace(os.path.join(out_dir, name), os.path.join(earlier, name))
-    print0(f'{out_dir} held a run already: moved to {earlier}')
+            os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
+    print0(f'{out_dir} held a run already: moved to {folder}')
 
 
 def is_whole(row):
@@ -450,7 +450,8 @@ def save_checkpoint():
     if is_main_process:
         warning = write_checkpoint(os.path.join(out_dir, 'ckpt.pt'), dict(
             model.checkpoint(), ema=ema.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-            scaler=scaler.state_dict(), step=step, best=best, running=running, count=count,
+            scaler=scaler.state_dict(), step=step, total_steps=total_steps, best=best,
+            running=running, count=count,
             config=config, commit=commit, seed=seed), keep_previous=True)
         if warning:
             print0(f'warning: {warning}')
@@ -484,7 +485,7 @@ def lr_at(epoch):
 def to_device(batch):
     """A batch of the loader -> images (b, 3, H, W) in 0..1 or clips (b, F, 3, H, W), and targets; see multi_scale."""
     images = batch['images'].to(device, non_blocking=True)
-    images = (images if earlier else images.to(memory_format=torch.channels_last)).float() / 255
+    images = (images if memory_frames else images.to(memory_format=torch.channels_last)).float() / 255
     targets = {name: batch[name].to(device, non_blocking=True) for name in ('labels', 'boxes')}
     if multi_scale:
         factor = random.Random(seed * 1_000_003 + step).uniform(1 - multi_scale, 1 + multi_scale)
@@ -521,8 +522,8 @@ def block_columns(images):
     def measure(block, inputs, output, level):
         x = inputs[0]
         found[f'share_{level}'] = ((output - x).float().norm() / x.float().norm().clamp(min=1e-12)).item()
-        if config['keep'] and len(inputs) == 4 and inputs[3][2] is not None:          # inputs: see model.HSVDET.attend
-            found[f'kept_{level}'] = inputs[3][2].sum(1).float().mean().item()
+        if config['keep'] and len(inputs) == 4 and inputs[3].kept is not None:        # inputs: see model.HSVDET.attend
+            found[f'kept_{level}'] = inputs[3].kept.sum(1).float().mean().item()
 
     hooks = [block.register_forward_hook(lambda *a, level=level: measure(*a, level))
              for level, block in ema.blocks().items()]
@@ -538,7 +539,7 @@ def draw_pictures():
     for i in range(min(num_pictures, len(val_set))):
         image = val_set[0, i]['image']                                                # (3, H, W) uint8
         found = ema.detect(image[None].to(device).float() / 255)[0].cpu()
-        image = image[-1] if earlier else image                                       # the last frame of a clip
+        image = image[-1] if memory_frames else image                                 # the last frame of a clip
         zoom = max(1, 480 // max(image.shape))                                        # words need room
         picture = to_image(image).resize((image.shape[2] * zoom, image.shape[1] * zoom))
         picture = draw_boxes(picture, found[:, :4].numpy() * zoom, found[:, 5].long().numpy(), val_set.names,
@@ -562,8 +563,8 @@ def evaluate_and_log(row):
              **{name: stats[name] for name in ('AP', 'AP50', 'AP75')}})
     if improved:
         warning = write_checkpoint(os.path.join(out_dir, 'best.pt'),
-                                   ema.checkpoint(AP=best, best_f1=stats['best_f1'], step=step, config=config,
-                                                  commit=commit))
+                                   ema.checkpoint(AP=best, best_f1=stats['best_f1'], step=step,
+                                                  total_steps=total_steps, config=config, commit=commit))
         if warning:
             print0(f'warning: {warning}')
     save_checkpoint()
@@ -613,8 +614,8 @@ while step < last:
         for group in o.param_groups:
             group['lr'] = group['factor'] * now_lr
 
-    # 2) forward and backward, micro-batch by micro-batch, of plain sums. Random selection and denoising draw what a
-    # function of (seed, step, rank) says: no rank draws as another does, and a resumed run draws as the run would have
+    # 2) forward and backward, micro-batch by micro-batch, of plain sums. Random numbers (random selection, denoising)
+    # are seeded by (seed, step, rank): ranks differ, and a resumed run draws what it would have drawn
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
     sums = {}
     buffers = [b.clone() for b in model.buffers()] if skip_nonfinite else []         # a bad batch spoils BatchNorm too

@@ -546,7 +546,7 @@ class DETR(nn.Module):
         return make_param_groups(self, part_of, lr, weight_decay, factors)
 
     def loss_parameters(self):
-        """All losses share one divisor, the number of objects: all parameters belong to one part."""
+        """All losses share one normalizer, the number of objects: all parameters belong to one part."""
         return dict(detr=list(self.parameters()))
 
     def checkpoint(self, **more):

@@ -5,6 +5,11 @@ DINOv2: a vision transformer pretrained without labels, as a frozen backbone wit
     backbone.add_lora(rank=4)                                           # now the adapters and the pyramid train
     p3, p4, p5 = backbone(images)                                       # images (B, 3, H, W) in 0..1, strides 8, 16, 32
 
+Under RT-DETR, with a file of published weights:
+
+    python train.py config/rtdetr_own.py --train_data=my/train.json --val_data=my/val.json \
+        --hidden=256 --decoder_layers=6 --backbone=dinov2_s --backbone_weights=dinov2_vits14_pretrain.pth
+
 `DINOv2(**VARIANTS['dinov2_s'])` is the same network with random weights. The transformer's own weights are frozen from
 the start (`freeze(False)` tunes them too); `merge_lora()` folds trained adapters into them, at no cost in speed.
 

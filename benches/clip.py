@@ -34,7 +34,7 @@ def look(model, frames):
     for frame in frames:
         maps, after = model.forward_frame(to_tensor(frame)[None] / 255, state)
         x, memory, some, chosen = seen['inputs']
-        cells.append(chosen[0][0])                                                    # (k,) that this frame's P4 took
+        cells.append(chosen.cells[0])                                                 # (k,) that this frame's P4 took
         state = after
     hook.remove()
     (rows,) = model.postprocess(maps, conf=0.1)

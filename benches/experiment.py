@@ -13,8 +13,7 @@ compared with the first one seed by seed: the mean difference, its standard erro
 t test, which says little below five seeds.
 
 Minutes are those of the training process: its CPU time over its threads, which other work on the machine does not
-stretch, and by the clock. Nothing is chosen here on the images that it reports: put those of an earlier choice into
-val_data, and the final ones into `test`.
+stretch, and by the clock. Choose settings on val_data; the images of `test` are for the figure that is reported.
 """
 import csv
 import json
@@ -48,6 +47,10 @@ FIGURES = ('AP', 'AP50', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'duplicat
            'recall 0.3-0.5', 'recall > 0.5', 'AP without', 'minutes')
 COLUMNS = ('arm', 'seed', *FIGURES, 'clock minutes', 'steps', 'images', 'parameters', 'machine', 'dtype', 'threads',
            'date', 'commit', 'train')
+
+
+# what a checkpoint holds besides parameters
+BN_STATE = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 def run(script, arguments, log):
@@ -85,7 +88,7 @@ def train_and_evaluate(arm, more, seed):
         f.write(f'{cpu:.1f} {clock:.1f}\n')
     with open(spent, encoding='utf-8') as f:
         cpu, clock = (sum(map(float, column)) / 60 for column in zip(*map(str.split, f), strict=True))
-    weights, log = os.path.join(folder, 'best.pt'), os.path.join(folder, 'eval.txt')
+    weights, log = os.path.join(folder, 'ckpt.pt'), os.path.join(folder, 'eval.txt')        # best.pt may be of step 0
     arguments = [f'--weights={weights}', f'--data={test}', *shlex.split(evaluate)]
     figures = json.loads(run('eval.py', arguments, log)[0])
     for recall, bin in zip(FIGURES[7:11], figures.get('occlusion', {}).values(), strict=False):
@@ -98,7 +101,7 @@ def train_and_evaluate(arm, more, seed):
         device, dtype = re.search(r'; (\S+) (\w+)[^;]*; \d+ steps', f.read()).groups()   # 'auto' is settled there
     return dict(figures, arm=arm, seed=seed, minutes=cpu, steps=saved['step'], dtype=dtype, threads=threads,
                 images=saved['step'] * saved['config']['batch_size'], machine=f'{machine().split(",")[0]}, {device}',
-                parameters=sum(t.numel() for key, t in saved['model'].items() if 'running_' not in key),
+                parameters=sum(t.numel() for key, t in saved['model'].items() if not key.endswith(BN_STATE)),
                 date=time.strftime('%Y-%m-%d'), commit=saved['commit'][:9], train=f'{train} {more}') | {
                     'clock minutes': clock}
 

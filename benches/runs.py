@@ -16,6 +16,7 @@ run counts as one from scratch, because its checkpoint no longer says what it st
 What it does not do: significance tests (benches/experiment.py pairs runs by seed and does), other programs' logs.
 """
 import csv
+import math
 import os
 import sys
 from statistics import mean, stdev
@@ -48,18 +49,20 @@ def read_log(path):
 
 
 def read_settings(folder):
-    """The settings of a run as its best.pt or ckpt.pt has them; {} without either."""
+    """The settings of a run as its best.pt or ckpt.pt has them, {} without either; and the steps it is to have."""
     for name in ('best.pt', 'ckpt.pt'):
         path = os.path.join(folder, name)
         if os.path.exists(path):
             try:
-                config = read_checkpoint(path).get('config')
+                saved = read_checkpoint(path)
             except InputError as e:                                    # half a file: the other one may be whole
                 print(f'warning: {e}')
                 continue
+            config = saved.get('config')
             if isinstance(config, dict):
-                return config | (dict(init_from='scratch') if config.get('init_from') == 'resume' else {})
-    return {}
+                config |= dict(init_from='scratch') if config.get('init_from') == 'resume' else {}
+                return config, config.get('max_steps') or saved.get('total_steps', math.inf)
+    return {}, math.inf
 
 
 def read_run(folder):
@@ -68,14 +71,13 @@ def read_run(folder):
     if not os.path.isfile(path):
         print(f'warning: {folder} has no log.csv: passed over')
         return None
-    points, config = read_log(path), read_settings(folder)
+    points, (config, last_step) = read_log(path), read_settings(folder)
     steps, epoch, _ = points[-1] if points else (0, 0.0, None)
     scored = [(at, value) for _, at, value in points if value is not None]
     best_epoch, best = max(scored, key=lambda point: point[1], default=(None, None))
-    finished = bool(config) and (epoch >= config['epochs'] - 1e-3 or 0 < config.get('max_steps', 0) <= steps)
     return dict(run=os.path.normpath(folder), config=config, points=scored, seed=config.get('seed'), steps=steps,
-                epoch=epoch, finished=finished, evaluations=len(scored), last=scored[-1][1] if scored else None,
-                best=best, **{'best epoch': best_epoch})
+                epoch=epoch, finished=steps >= last_step, evaluations=len(scored),
+                last=scored[-1][1] if scored else None, best=best, **{'best epoch': best_epoch})
 
 
 def differing_settings(configs):

@@ -1,6 +1,6 @@
 # Does memory of earlier frames tell what is behind an occluder now? See prepare/clips.py.
 #   python train.py config/clips.py --seed=0        and --memory=, --memory=time:shuffled, --k=0 --memory=
-# hardware: one CPU core, about 3 minutes a run. Chance is an AP50 near 0.33: three colours, one is right
+# hardware: one CPU core, about 5 minutes a run. Chance is an AP50 near 0.33: three colours, one is right
 out_dir = 'out/clips'
 make_data = 'clips'
 train_data = 'data/clips/train.json'

@@ -301,6 +301,9 @@ def test_commands(tmp_path, shapes):
     parts = [json.loads((tmp_path / f'all_{name}.json').read_text()) for name in ('train', 'val')]
     ids = [{image['id'] for image in part['images']} for part in parts]
     assert done.returncode == 0 and not ids[0] & ids[1] and len(ids[0] | ids[1]) == 40 and 8 <= len(ids[1]) <= 12
+    os.remove(tmp_path / 'all_train.json')                           # the other one is there: nothing is written
+    assert 'is there already' in run_data('split', str(all_json)).stderr
+    assert not (tmp_path / 'all_train.json').exists()
     for args, words in ((['check', 'no.json'], 'no.json not found'),
                         (['chekc', 'x'], 'there are: python data.py check'),
                         ([], 'there are: '),

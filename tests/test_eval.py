@@ -438,6 +438,7 @@ def test_bad_input(folder, model, tmp_path, capsys):
             ('multiples of 32', lambda: ev.evaluate(model, dataset, 100, verbose=False)),
             ('dtype', lambda: ev.evaluate(model, dataset, 64, dtype='int8', verbose=False)),
             ('not found', lambda: ev.load_model('nowhere.pt')),
+            ('must be cpu, cuda', lambda: ev.load_model(__file__, 'auto')),
             ('ground truth', ev.main)):
         with pytest.raises(InputError, match=message):
             call()

@@ -69,6 +69,8 @@ def test_ids_names_and_crowds(tmp_path):
     other = read_labels(path, names=['zebra', 'yak', 'ant'])           # the order of somebody else's training
     assert other.labels[0].tolist() == [0] and other.category_ids[0] == 90 and other.category_ids[2] == 3
     assert other.category_ids[1] not in (3, 17, 90) and counts(other) == {'unknown category': 1}
+    gt = other.coco()                                                  # dropped there too
+    assert [c['id'] for c in gt['categories']] == [90, 3] and [a['category_id'] for a in gt['annotations']] == [90, 3]
 
 
 def test_every_box_and_image_defect_is_counted_and_quoted(tmp_path):

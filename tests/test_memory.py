@@ -1,11 +1,14 @@
 """Tokens from elsewhere: memory over levels and frames, adaptive k, the clips that carry it."""
 import logging
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from attention import make_block
 from configurator import InputError
+from detect import selected_tokens
 from eval import remove_blocks
 from loss import total_loss
 from model import HSVDET, HSVDETConfig
@@ -51,6 +54,24 @@ def test_attention_for_pictures_has_memory_last():
     values = torch.cat((t, memory), 1) @ block.dense_weight().flatten(1).T            # (2, 25, 16)
     y = block(x, memory).flatten(2).transpose(1, 2).gather(1, rows)
     torch.testing.assert_close(y, t + weights[:, 0] @ values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('memory', ['', 'scale', 'time'])
+def test_attention_to_each_other_is_a_distribution(memory):
+    """What detect.py and the report show, with memory too, and with a video's state: that of the pass itself."""
+    torch.manual_seed(0)
+    model = HSVDET(HSVDETConfig('n', 2, '-SS', k=0.5, memory=memory)).eval()
+    model.imgsz, rng, state = (64, 96), np.random.default_rng(0), [None] if memory == 'time' else None
+    for _ in range(2):
+        image, inputs = Image.fromarray(rng.integers(0, 256, (64, 96, 3), np.uint8)), []
+        hook = model.block5.register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x))
+        rows, levels = selected_tokens(model, image, state=state)
+        hook.remove()
+        assert len(inputs) == 1                                        # one pass
+        for (h, w), _, _, _, cells, weights in levels.values():
+            assert weights.shape == (len(cells), len(cells)) and len(cells) == h * w // 2
+            assert np.allclose(weights.sum(1), 1, atol=1e-5)
+    assert memory != 'time' or inputs[0][1].shape[1] == 3              # the second frame's P5 sees those of the first
 
 
 def test_picture_of_a_clip(tmp_path, monkeypatch, capsys):
@@ -364,7 +385,7 @@ def test_time_is_not_exported():
 @pytest.mark.parametrize('settings, word', [
     (dict(memory='space'), 'memory'), (dict(memory='scale', attn='-WS'), 'memory=scale needs'),
     (dict(memory='time', attn='S--'), 'memory=time needs'), (dict(keep='mass:0'), 'keep'),
-    (dict(keep='mass:1.5'), 'keep'),
+    (dict(keep='mass:1.5'), 'keep'), (dict(keep='mass:0.5', attn='-FW'), 'keep=mass:0.5 needs attn'),
     (dict(keep='joint', k=0.5), 'keep=joint'), (dict(keep='joint', attn='--S'), 'keep=joint'),
     (dict(keep='mass:0.5', select='random'), 'keep=mass'), (dict(k=(1, 2)), 'three'), (dict(k=(1, 2, -3)), 'k must'),
     (dict(frames=0), 'frames')], ids=str)

@@ -74,6 +74,13 @@ def write_log(path):
                           AP50=0.3))
 
 
+def test_panels_by_kind_of_column(tmp_path):
+    (tmp_path / 'log.csv').write_text('step,epoch,box,gate_p4,share_p4,kept_p4,AP\n1,0.5,2,0.1,0.2,41,0.3\n')
+    assert plots.log_panels(tmp_path / 'log.csv') == {
+        'losses': {'box': [(0.5, 2)]}, 'AP': {'AP': [(0.5, 0.3)]}, 'gates': {'p4': [(0.5, 0.1)]},
+        '|block(x) - x| / |x|': {'p4': [(0.5, 0.2)]}, 'tokens kept': {'p4': [(0.5, 41)]}}
+
+
 def test_curves_with_empty_cells(tmp_path, monkeypatch):
     figures, new_figure = [], plots.new_figure
     monkeypatch.setattr(plots, 'new_figure', lambda *args: figures.append(new_figure(*args)) or figures[-1])

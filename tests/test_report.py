@@ -200,6 +200,15 @@ def test_write_report_at_the_end_of_training(folder, capsys):
         report.make_page('nowhere', data, *evaluation(dataset.coco(), table))
 
 
+def test_a_missing_image_with_large_objects(folder, tmp_path):
+    """Its objects are missed, and there is no picture of them."""
+    shutil.copytree(folder, tmp_path / 'part')
+    os.remove(tmp_path / 'part/images/1&.png')
+    assert report.write_report(str(tmp_path / 'part'), str(tmp_path / 'part/val.json'), imgsz=(64, 64)) == ''
+    page = check_page(tmp_path / 'part/report.html')
+    assert 'objects missed' in page.text and '1&amp;.png' not in page.text and '0&amp;.png' in page.text
+
+
 def evaluation(coco_gt, table):
     """coco_gt, E, table, summary of make_page."""
     E = ev.run_cocoeval(coco_gt, table)
