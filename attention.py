@@ -1,11 +1,11 @@
 """
 The other letters of the `attn` string: kinds of attention to compare with the sparse block, S (sparse_attention.py).
 
-A mixer is built by (c, cfg); cfg has k, select, heads, pos, keep, as HSVDETConfig does. forward(x, memory=None) -> y,
-x and y (B, C, H, W) of any size, y without the residual; memory (B, T, C) is tokens from another level or frame that
-the queries may attend to as well. (T and P, which select tokens, take two more arguments, as S does.) `Gated` adds the
-residual and the gate, the same for every letter. HELP says in a line what each letter is and what it costs; make_block
-builds one.
+A mixer is built by (c, cfg); cfg has k, select, heads, pos, keep, kernel, as HSVDETConfig does. forward(x,
+memory=None) -> y, x and y (B, C, H, W) of any size, y without the residual; memory (B, T, C) is tokens from another
+level or frame that the queries may attend to as well. (T and P, which select tokens, take two more arguments, as S
+does.) `Gated` adds the residual and the gate, the same for every letter. HELP says in a line what each letter is and
+what it costs; make_block builds one.
 
 Each class has forward_reference, its definition with the same weights: dense, masked, as slow as it reads. forward is
 the fast path, and tests/test_attention.py compares the two in float64. Logits, softmax and sums are float32 under
@@ -30,7 +30,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configurator import InputError
-from sparse_attention import SparseGlobalBlock, SparseGlobalBlockGated, autocast_off, project, sincos_2d, stable_topk
+from sparse_attention import (
+    SparseGlobalBlock,
+    SparseGlobalBlockGated,
+    autocast_off,
+    layer_norm,
+    make_gate,
+    project,
+    sincos_2d,
+    stable_topk,
+)
 
 TILE = 8                                                             # cells on the side of a tile of queries (W, N)
 RADIUS = 4                                                           # a window is 2 * 4 + 1 = 9 cells wide (W, N)
@@ -44,7 +53,7 @@ HELP = {  # letter: what it is, FLOPs per token (two per multiply-add; c channel
     'W': 'sliding window: every token sees the 9x9 cells around it; 8c^2 + 1024c',
     'L': 'latent (MLA): full, keys and values in c/4 channels; 1.5c^2 + Nc with one head',
     'N': 'native sparse: means of all tiles + the 4 best tiles + a 9x9 window; 8c^2 + 6c + 4c(N/64 + 512)',
-    'K': 'kernel density: tokens within a bandwidth of the query, all others weigh exactly 0; 8c^2 + 4Nc',
+    'K': 'kernel density: tokens within a bandwidth of the query, all others weigh 0; 8c^2 + 4Nc (or --kernel=linear)',
     'M': 'Fourier mixing (FNet): a fixed transform without weights; about 5c log2(Nc), no matrix products',
     'T': 'tokens only: the k selected tokens attend and change, all others stay; (8kc^2 + 4k^2 c) / N',
     'P': 'a published layer on the k selected tokens: T, narrow heads, 7x7 places, MLP; (16kc^2 + 4k^2 c) / N + 98c',
@@ -62,11 +71,6 @@ def print_once(line):
 def tokens(x):
     """(B, C, H, W) -> (B, N, C), a view"""
     return x.flatten(2).transpose(1, 2)
-
-
-def layer_norm(norm, t):
-    """nn.LayerNorm in the precision of t, whatever that of its weights (fp16 after model.half())."""
-    return F.layer_norm(t, t.shape[-1:], norm.weight.to(t.dtype), norm.bias.to(t.dtype), norm.eps)
 
 
 def masked_attention(q, k, v, mask=None):
@@ -331,10 +335,9 @@ class KernelDensity(nn.Module):
     linear        K = f(q) f(k), f = elu + 1: the sums over j come first. 8c^2 + 4cd, no N; diffuse.
     """
 
-    def __init__(self, c, cfg, kernel='epanechnikov'):
+    def __init__(self, c, cfg):
         super().__init__()
-        assert kernel in ('epanechnikov', 'linear'), f'unknown kernel {kernel!r}'
-        self.kernel = kernel
+        self.kernel = cfg.kernel
         self.proj = Projections(c, cfg.heads, cfg.pos)
 
     def forward_reference(self, x, memory=None):
@@ -423,10 +426,10 @@ class TokensOnly(SparseGlobalBlock):
 
     def maps(self, positioned, t, memory=None):
         """Tokens with and without positions (B, n, C) -> q (B, heads, n, d), k and v (B, heads, n + T, d)."""
-        q = self.norm_as(project(positioned, self.q_proj))                            # (B, n, C)
+        q = layer_norm(self.norm, project(positioned, self.q_proj))                            # (B, n, C)
         if memory is not None:                                                        # (B, n + T, C) from here on
             positioned, t = (torch.cat((m, memory.to(t.dtype)), 1) for m in (positioned, t))
-        k = self.norm_as(project(positioned, self.k_proj))
+        k = layer_norm(self.norm, project(positioned, self.k_proj))
         return self.split(q), self.split(k), self.split(project(t, self.v_proj))
 
     def finish(self, t, y):
@@ -529,7 +532,7 @@ class Bottleneck(nn.Module):
 
 class Gated(nn.Module):
     """
-    y = x + gate * mixer(x, memory, ...). gate: 'learned' (a scalar from 0: the identity) | 'fixed' (0.5) | 'none' (1).
+    y = x + gate * mixer(x, memory, ...). gate: see make_gate.
 
     The product is taken in float32: the gate's gradient is a sum over B C H W terms, which fp16 cannot hold. Weight
     decay must leave the gate alone.
@@ -538,8 +541,7 @@ class Gated(nn.Module):
     def __init__(self, mixer, gate='learned'):
         super().__init__()
         self.mixer = mixer
-        start = {'learned': 0.0, 'fixed': 0.5, 'none': 1.0}[gate]
-        self.gate = nn.Parameter(torch.tensor(start), requires_grad=gate == 'learned')
+        self.gate = make_gate(gate)
 
     def forward(self, x, memory=None, *more):
         y = self.mixer(x, memory, *more)

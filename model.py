@@ -53,6 +53,7 @@ class HSVDETConfig:
     select: str = 'l2sq'                                                              # l2sq l2 random learned
     gate: str = 'learned'                                                             # learned fixed none
     heads: int = 1                                                                    # attention heads
+    kernel: str = 'epanechnikov'                                                      # of K: epanechnikov linear
     pos: bool = False                                                                 # positional encoding of q and k
     one2one: bool = False                                                             # a second head that needs no NMS
     keep: str = ''     # 'mass:0.5': of the k those that hold half of the importance; 'joint': P4 and P5 share their k's
@@ -72,6 +73,8 @@ class HSVDETConfig:
                 (self.select in ('l2sq', 'l2', 'random', 'learned'),
                  f'select must be l2sq, l2, random or learned, got {self.select!r}'),
                 (self.gate in ('learned', 'fixed', 'none'), f'gate must be learned, fixed or none, got {self.gate!r}'),
+                (self.kernel in ('epanechnikov', 'linear'),
+                 f'kernel must be epanechnikov or linear, got {self.kernel!r}'),
                 (self.heads in (1, 2, 4, 8, 16), f'heads must be 1, 2, 4, 8 or 16, got {self.heads!r}'),
                 (re.fullmatch(r'(mass:(0?\.\d*[1-9]\d*|1|1\.0*)|joint)?', self.keep),
                  f"keep must be 'mass:0.5' (a share up to 1), 'joint' or nothing, got {self.keep!r}"),

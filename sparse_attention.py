@@ -75,6 +75,17 @@ def sincos_2d(H, W, c, device):
     return torch.cat((y.sin(), y.cos(), x.sin(), x.cos()), 1)                         # (N, c)
 
 
+def layer_norm(norm, t):
+    """nn.LayerNorm in the precision of t, whatever that of its weights (fp16 after model.half())."""
+    return F.layer_norm(t, t.shape[-1:], norm.weight.to(t.dtype), norm.bias.to(t.dtype), norm.eps)
+
+
+def make_gate(gate):
+    """'learned' (one scalar from 0) | 'fixed' (0.5) | 'none' (1, which is direct addition) -> the parameter."""
+    start = {'learned': 0.0, 'fixed': 0.5, 'none': 1.0}[gate]
+    return nn.Parameter(torch.tensor(start), requires_grad=gate == 'learned')
+
+
 def project(tokens, conv):
     """A 1x1 convolution on tokens (B, n, C), in their dtype."""
     return F.linear(tokens, conv.weight.flatten(1).to(tokens.dtype))
@@ -193,12 +204,9 @@ class SparseGlobalBlock(nn.Module):
 
     def weights(self, q, k, mask=None):
         """q (B, n, C), k (B, m, C) -> attention A (B, heads, n, m), every row summing to 1; mask: see key_mask."""
-        q, k = self.split(self.norm_as(q)), self.split(self.norm_as(k))               # (B, heads, n or m, hs)
+        q, k = self.split(layer_norm(self.norm, q)), self.split(layer_norm(self.norm, k))  # (B, heads, ., hs)
         logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
         return (logits if mask is None else logits.masked_fill(~mask, -math.inf)).softmax(-1)
-
-    def norm_as(self, t):
-        return F.layer_norm(t, t.shape[-1:], self.norm.weight.to(t.dtype), self.norm.bias.to(t.dtype), self.norm.eps)
 
     def split(self, t):
         """(B, n, C) -> (B, heads, n, C / heads)"""
@@ -285,8 +293,8 @@ class SparseGlobalBlock(nn.Module):
                 tokens, positioned_all = torch.cat((t, memory), 1), torch.cat((positioned, memory), 1)
                 u_all = torch.cat((u, F.linear(memory, weight.flatten(1).to(wide))), 1)
             mask = self.key_mask(t.shape[1], tokens.shape[1] - t.shape[1], kept, memory_mask)
-            q = self.split(self.norm_as(project(positioned, self.q_proj)))            # (B, heads, k, hs)
-            k = self.split(self.norm_as(project(positioned_all, self.k_proj)))        # (B, heads, k + T, hs)
+            q = self.split(layer_norm(self.norm, project(positioned, self.q_proj)))      # (B, heads, k, hs)
+            k = self.split(layer_norm(self.norm, project(positioned_all, self.k_proj)))  # (B, heads, k + T, hs)
             if self.heads == 1:
                 attended = F.scaled_dot_product_attention(q, k, u_all[:, None], mask)[:, 0]  # (B, k, C): A (out v)
             else:                          # each head has an A of its own, so `out` comes after them, on k tokens only
@@ -332,16 +340,13 @@ class SparseGlobalBlockGated(SparseGlobalBlock):
     """
     y = x + gate * block(x), step 4: what the network uses. At gate 0 it is the identity to the last bit.
 
-    gate  'learned' (one scalar from 0) | 'fixed' (0.5) | 'none' (direct addition, which is a gate of 1)
-
     A zero gate hides the block's weights from the gradient for one step; only the gate itself sees one, and then all
     do. Weight decay must leave the gate alone, or it pulls the block shut: see HSVDET.param_groups.
     """
 
     def __init__(self, c, k=512, select='l2sq', heads=1, pos=False, gate='learned', keep=''):
         super().__init__(c, k, select, heads, pos, keep)
-        start = {'learned': 0.0, 'fixed': 0.5, 'none': 1.0}[gate]
-        self.gate = nn.Parameter(torch.tensor(start), requires_grad=gate == 'learned')
+        self.gate = make_gate(gate)
 
     def forward_reference(self, x, *elsewhere):
         return x + self.gate * super().forward_reference(x, *elsewhere)

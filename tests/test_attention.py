@@ -16,13 +16,14 @@ VARIANTS = [(letter, {}) for letter in ATTENTION] + [('K', dict(kernel='linear')
 
 
 def config(**settings):
-    return SimpleNamespace(**dict(k=20, select='l2sq', heads=1, pos=False, gate='learned', keep='') | settings)
+    return SimpleNamespace(**dict(k=20, select='l2sq', heads=1, pos=False, gate='learned', keep='',
+                                  kernel='epanechnikov') | settings)
 
 
 def make(letter, c=16, variant=None, seed=0, **settings):
     """A mixer whose layer norms, and maps of zeros, are not at their start, where they might hide a mistake."""
     torch.manual_seed(seed)
-    mixer = ATTENTION[letter](c, config(**settings), **variant or {})
+    mixer = ATTENTION[letter](c, config(**settings | (variant or {})))
     for m in mixer.modules():
         if isinstance(m, nn.LayerNorm):
             nn.init.uniform_(m.weight, 0.8, 1.2)

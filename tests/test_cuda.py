@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attention import HELP, Gated, KernelDensity, make_block
+from attention import HELP, make_block
 from baselines.detr import DETR, DETRConfig, DETRHead
 from loss import assign, decode_boxes, detection_loss, make_anchor_points, total_loss
 from model import HSVDET, HSVDETConfig, nms
@@ -48,8 +48,8 @@ def device(request, monkeypatch):
 def block_of(letter, c=16, gate=0.7, seed=0, **settings):
     """A block whose gate is open, and whose last maps are not the zeros that P starts with."""
     torch.manual_seed(seed)
-    cfg = SimpleNamespace(**vars(HSVDETConfig(k=20)) | settings)
-    block = Gated(KernelDensity(c, cfg, 'linear')) if letter == 'linear K' else make_block(letter, c, cfg)
+    kernel = 'linear' if letter == 'linear K' else 'epanechnikov'
+    block = make_block(letter[-1], c, SimpleNamespace(**vars(HSVDETConfig(k=20, kernel=kernel)) | settings))
     block.gate.data.fill_(gate)
     for m in block.modules():
         if isinstance(m, torch.nn.Conv2d) and not m.weight.any():
