@@ -276,39 +276,40 @@ class SparseGlobalBlock(nn.Module):
         takes_all = self.k == 0 or type(H * W) is int and self.num_selected(H * W) == H * W
         all_selected = takes_all and self.select != 'learned' and not self.mass and chosen is None
         if all_selected:
-            t, u, s, kept = x_tokens, y_tokens, None, None
+            x_sel, y_sel, s, kept = x_tokens, y_tokens, None, None
         else:
             selected, s, kept = self.select_tokens(x) if chosen is None else chosen   # (B, k) each
             index = selected[..., None].expand(-1, -1, C)                             # (B, k, C)
-            t, u = x_tokens.gather(1, index), y_tokens.gather(1, index)               # (B, k, C)
+            x_sel, y_sel = x_tokens.gather(1, index), y_tokens.gather(1, index)       # (B, k, C)
         with autocast_off(x):
-            t, u = t.to(wide).contiguous(), u.to(wide).contiguous()           # rows in one piece, or SDPA builds N x N
-            positioned = t
+            # contiguous: of rows that do not lie in one piece SDPA builds the N x N matrix
+            x_sel, y_sel = x_sel.to(wide).contiguous(), y_sel.to(wide).contiguous()
+            positioned = x_sel
             if self.pos:
                 code = sincos_2d(H, W, C, x.device).to(wide)
-                positioned = t + (code if all_selected else code[selected])
-            tokens, positioned_all, u_all = t, positioned, u
+                positioned = x_sel + (code if all_selected else code[selected])
+            tokens, positioned_all, y_all = x_sel, positioned, y_sel
             if memory is not None:                                                    # (B, k + T, C) from here on
                 memory = memory.to(wide)
-                tokens, positioned_all = torch.cat((t, memory), 1), torch.cat((positioned, memory), 1)
-                u_all = torch.cat((u, F.linear(memory, weight.flatten(1).to(wide))), 1)
-            mask = self.key_mask(t.shape[1], tokens.shape[1] - t.shape[1], kept, memory_mask)
-            q = self.split(layer_norm(self.norm, project(positioned, self.q_proj)))      # (B, heads, k, hs)
+                tokens, positioned_all = torch.cat((x_sel, memory), 1), torch.cat((positioned, memory), 1)
+                y_all = torch.cat((y_sel, F.linear(memory, weight.flatten(1).to(wide))), 1)
+            mask = self.key_mask(x_sel.shape[1], tokens.shape[1] - x_sel.shape[1], kept, memory_mask)
+            q = self.split(layer_norm(self.norm, project(positioned, self.q_proj)))   # (B, heads, k, hs)
             k = self.split(layer_norm(self.norm, project(positioned_all, self.k_proj)))  # (B, heads, k + T, hs)
             if self.heads == 1:
-                attended = F.scaled_dot_product_attention(q, k, u_all[:, None], mask)[:, 0]  # (B, k, C): A (out v)
-            else:                          # each head has an A of its own, so `out` comes after them, on k tokens only
+                attended = F.scaled_dot_product_attention(q, k, y_all[:, None], mask)[:, 0]  # (B, k, C): A (out v)
+            else:                           # each head has an A of its own, so `out` comes after them, on k tokens only
                 assert self.merged is None, 'merge_projections() drops v and out, which several heads need apart'
                 v = self.split(project(tokens, self.v_proj))
                 attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
                 attended = F.linear(attended, self.head_mix().to(wide))
             if s is not None:
-                attended = u + s.sigmoid()[..., None] * (attended - u)
+                attended = y_sel + s.sigmoid()[..., None] * (attended - y_sel)
             if kept is not None:
-                attended = torch.where(kept[..., None], attended, u)
+                attended = torch.where(kept[..., None], attended, y_sel)
         if all_selected:
             return attended.to(y.dtype).transpose(1, 2).reshape(B, C, H, W)
-        if not torch.is_grad_enabled():                                         # in place: saves a copy of N C numbers
+        if not torch.is_grad_enabled():                                          # in place: saves a copy of N C numbers
             y_tokens.scatter_(1, index, attended.to(y.dtype))
             return y
         y_tokens = y_tokens.scatter(1, index, attended.to(y.dtype))

@@ -27,4 +27,4 @@ weight_decay = 0.05
 eval_interval = 5            # evaluating 5,000 images takes minutes on one CPU core while the GPU waits
 scale_aug = 0.9
 mixup = 0.15
-mosaic_block = 64            # Mosaic's images from 64 neighbours of the epoch's order: 1 decode a sample, not 4
+mosaic_block = 64          # Mosaic's images from 64 neighbours in the epoch's order: 1 to 2.6 decodes a sample, not 3.5

@@ -8,10 +8,12 @@ from PIL import Image
 
 from attention import make_block
 from configurator import InputError
+from data import DetectionDataset
 from detect import selected_tokens
 from eval import remove_blocks
 from loss import total_loss
 from model import HSVDET, HSVDETConfig
+from report import watch_blocks
 from sparse_attention import SparseGlobalBlockGated
 
 TARGETS = dict(labels=torch.tensor([[1, 2], [0, -1]]),
@@ -85,6 +87,12 @@ def test_picture_of_a_clip(tmp_path, monkeypatch, capsys):
     for name, value in dict(weights=str(tmp_path / 'a.pt'), data=str(tmp_path / 'clips' / 'val.json'), clips=(0, 1),
                             out=str(tmp_path / 'a.png')).items():
         monkeypatch.setattr(clip, name, value)
+    seen = []
+    hook = model.block4.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    dataset = DetectionDataset(str(tmp_path / 'clips' / 'val.json'), frames=2)
+    watched = watch_blocks(model.eval(), dataset, [0], (64, 64))       # the report looks at clips, not at last frames
+    hook.remove()
+    assert [0 if m is None else m.shape[1] for m in seen] == [0, 7, 14] and watched['p4']['attention'].shape == (7,)
     clip.main()
     lines = [line.split(': ')[-1].split() for line in capsys.readouterr().out.splitlines() if line.startswith('clip ')]
     assert [abs(sum(map(float, shares)) - 1) < 0.02 and len(shares) == 3 for shares in lines] == [True, True]
@@ -97,11 +105,12 @@ def test_picture_of_a_clip(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('letter, settings', [
     ('S', dict()), ('S', dict(keep='mass:0.3')), ('S', dict(keep='mass:0.3', heads=4, pos=True)),
     ('S', dict(keep='mass:0.1', select='learned')), ('S', dict(keep='mass:0.5', k=0)), ('S', dict(k=500, select='l2')),
-    ('T', dict(keep='mass:0.3', heads=2)), ('T', dict(keep='mass:0.1', select='learned', pos=True))], ids=str)
+    ('T', dict(keep='mass:0.3', heads=2)), ('T', dict(keep='mass:0.1', select='learned', pos=True)),
+    ('P', dict(keep='mass:0.3', heads=2)), ('P', dict(k=7))], ids=str)
 def test_fast_equals_reference_with_memory_and_masks(letter, settings):
     """Outputs and all gradients, float64; memory absent, whole, and with tokens that do not count."""
     block = block_of(letter, **settings).double()
-    path = block.mixer if letter == 'T' else block
+    path = block.mixer if letter in 'TP' else block
     x, memory = torch.randn(2, 16, 9, 11, dtype=torch.double), torch.randn(2, 5, 16, dtype=torch.double)
     seen = torch.tensor([[True, False, True, True, False], [False] * 5])
     for elsewhere in ((), (memory,), (memory, seen)):
