@@ -28,6 +28,7 @@ import contextlib
 import copy
 import csv
 import datetime
+import functools
 import math
 import multiprocessing
 import os
@@ -63,7 +64,7 @@ train_data = 'data/shapes/train.json'
 train_images = ''                                                      # folder of the images, '' looks beside the json
 val_data = 'data/shapes/val.json'
 val_images = ''
-make_data = ''                      # shapes, long_range or clips: make this synthetic set if train_data is not there
+make_data = ''                      # shapes, long_range, half_hidden or clips: make this set if train_data is not there
 imgsz: int | tuple = 640                                                      # pixels, multiples of 32; int, or (H, W)
 multi_scale = 0.0                                                # 0.5: batches are resized by a random factor 0.5..1.5
 workers = -1                     # loader processes; -1: none on a CPU (they would compete for its cores), else up to 8
@@ -183,8 +184,8 @@ for wrong, message in (
           ('optimizer_backbone', 'optimizer_neck', 'optimizer_block', 'optimizer_head')),
         (freeze not in ('', 'backbone'), f"--freeze={freeze}: must be 'backbone' or nothing"),
         (arch not in ('hsvdet', 'rtdetr'), f'--arch={arch}: must be hsvdet or rtdetr'),
-        (make_data not in ('', 'shapes', 'long_range', 'clips'),
-         f'--make_data={make_data}: must be shapes, long_range, clips or nothing')):
+        (make_data not in ('', 'shapes', 'long_range', 'half_hidden', 'clips'),
+         f'--make_data={make_data}: must be shapes, long_range, half_hidden, clips or nothing')):
     if wrong:
         raise InputError(message)
 # the one place that knows architectures
@@ -216,7 +217,8 @@ if make_data and is_main_process and not os.path.exists(train_data) and (train_d
     # never into somebody's own set
     from prepare import clips, long_range, shapes
 
-    make = dict(shapes=shapes.make_shapes, long_range=long_range.make_long_range, clips=clips.make_clips)[make_data]
+    make = dict(shapes=shapes.make_shapes, long_range=long_range.make_long_range, clips=clips.make_clips,
+                half_hidden=functools.partial(long_range.make_long_range, near=64, hidden=0.5))[make_data]
     make(os.path.dirname(train_data))
 if ddp:
     dist.barrier()

@@ -1,0 +1,17 @@
+# Context needed in part: half of the discs show their colour, which is their class; the others are white, and only
+# their fellows or the cue tell it. With the blocks all are named, without them the white ones are a guess:
+#   python train.py config/half_hidden.py
+#   python train.py config/half_hidden.py --attn=--- --out_dir=out/half_hidden_without
+# hardware: one CPU core, about 6 minutes a run; AP: RESULTS.md, "does global context help?"
+exec(open('config/long_range.py').read())
+out_dir = 'out/half_hidden'
+make_data = 'half_hidden'
+train_data = 'data/half_hidden/train.json'
+val_data = 'data/half_hidden/val.json'
+
+epochs = 2
+batch_size = 8
+optimizer = 'muon'
+lr = 15e-3
+momentum = 0.95
+ema_tau = 100
