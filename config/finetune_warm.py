@@ -7,6 +7,7 @@ epochs = 15
 min_steps = 0
 batch_size = 16
 mosaic = 1.0
+scale_aug = 0.5
 warmup_epochs = 1
 no_aug_epochs = 5
 optimizer = 'adamw'          # Muon's steps are equally long in all directions: too coarse for this

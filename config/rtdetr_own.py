@@ -12,6 +12,7 @@ warmup_epochs = 1.5          # some 50 steps at 300 images; the published 2,000 
 no_aug_epochs = 5
 batch_size = 8               # steps matter more than their size
 mosaic = 1.0
+scale_aug = 0.5
 eval_interval = 5
 lr_backbone = 0.3            # it knows detection already
 ema_tau = 200

@@ -2,7 +2,8 @@
 # of P5 or another number of tokens changes that. k=0.25 is 100 of 400 tokens at P4 and 25 of 100 at P5.
 #   python bench.py experiment experiments/blocks_cells.py
 name = 'blocks_cells'
-train = 'config/finetune_own.py --train_data=data/bccd/trainval.json --val_data=data/bccd/trainval_val.json --k=0.25'
+train = ('config/finetune_own.py --train_data=data/bccd/trainval.json --val_data=data/bccd/trainval_val.json --k=0.25'
+         ' --scale_aug=0.5')
 arms = (('---', '--attn=---'),
         ('-SS', '--attn=-SS'),
         ('-SS memory of P5', '--attn=-SS --memory=scale'),

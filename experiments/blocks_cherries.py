@@ -4,5 +4,5 @@
 exec(open('experiments/blocks_cells.py').read())
 name = 'blocks_cherries'
 train = ('config/finetune_own.py --train_data=data/cherries/train.json --val_data=data/cherries/train_val.json --k=0.25'
-         ' --epochs=10')
+         ' --epochs=10 --scale_aug=0.5')
 test = 'data/cherries/test.json'

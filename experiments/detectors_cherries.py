@@ -3,7 +3,8 @@
 #   python bench.py experiment experiments/detectors_cherries.py
 name = 'detectors_cherries'
 train = ('config/finetune_own.py --train_data=data/cherries/train.json --val_data=data/cherries/train_val.json'
-         ' --k=0.25 --epochs=15 --batch_size=16 --mosaic=1 --warmup_epochs=2 --no_aug_epochs=5 --min_steps=0')
+         ' --k=0.25 --epochs=15 --batch_size=16 --mosaic=1 --warmup_epochs=2 --no_aug_epochs=5 --min_steps=0'
+         ' --scale_aug=0.5')
 _trunk = '--init_from=out/experiments/detectors_cherries/YOLOv8-n_{seed}/best.pt'
 _rtdetr = (f'config/rtdetr_own.py --train_data=data/cherries/train.json --val_data=data/cherries/train_val.json'
            f' --epochs=12 {_trunk}')

@@ -4,7 +4,7 @@
 #   python bench.py experiment experiments/few_images.py
 name = 'few_images'
 train = ('config/finetune_own.py --val_data=data/bccd/trainval_val.json --k=0.25 --epochs=30 --batch_size=16 --mosaic=1'
-         ' --warmup_epochs=2 --no_aug_epochs=5 --min_steps=0')
+         ' --warmup_epochs=2 --no_aug_epochs=5 --min_steps=0 --scale_aug=0.5')
 arms = (('292 images', '--train_data=data/bccd/trainval.json'),
         ('100 images', '--train_data=data/bccd/train_100.json'),
         ('100 images as many steps', '--train_data=data/bccd/train_100.json --batch_size=8 --epochs=44'),
