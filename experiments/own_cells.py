@@ -1,5 +1,5 @@
-# config/finetune_own.py as it is, on blood cells: what a user gets, and what a block adds to it. BCCD's own lists as COCO
-# json below data/bccd; k=0.25 is 100 of 400 tokens at P4 and 25 of 100 at P5.
+# config/finetune_own.py as it is, on blood cells: what a user gets, and what a block adds to it. BCCD's own lists as
+# COCO json below data/bccd; k=0.25 is 100 of 400 tokens at P4 and 25 of 100 at P5.
 #   python bench.py experiment experiments/own_cells.py
 name = 'own_cells'
 train = 'config/finetune_own.py --train_data=data/bccd/trainval.json --val_data=data/bccd/trainval_val.json --k=0.25'
