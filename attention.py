@@ -43,7 +43,7 @@ from sparse_attention import (
 
 TILE = 8                                                             # cells on the side of a tile of queries (W, N)
 RADIUS = 4                                                           # a window is 2 * 4 + 1 = 9 cells wide (W, N)
-NUM_CHOSEN = 4                                                           # tiles that are attended to token by token (N)
+NUM_CHOSEN = 4                                                       # tiles that are attended to token by token (N)
 HELP = {  # letter: what it is, FLOPs per token (two per multiply-add; c channels, N tokens, k selected ones)
     '-': 'no attention',
     'S': 'sparse global: the k most salient tokens see each other; 2c^2 + (4kc^2 + 4k^2 c) / N',
@@ -426,7 +426,7 @@ class TokensOnly(SparseGlobalBlock):
 
     def maps(self, positioned, t, memory=None):
         """Tokens with and without positions (B, n, C) -> q (B, heads, n, d), k and v (B, heads, n + T, d)."""
-        q = layer_norm(self.norm, project(positioned, self.q_proj))                            # (B, n, C)
+        q = layer_norm(self.norm, project(positioned, self.q_proj))                   # (B, n, C)
         if memory is not None:                                                        # (B, n + T, C) from here on
             positioned, t = (torch.cat((m, memory.to(t.dtype)), 1) for m in (positioned, t))
         k = layer_norm(self.norm, project(positioned, self.k_proj))

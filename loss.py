@@ -91,7 +91,7 @@ def decode_boxes(box_logits, points, strides):
     -> boxes (..., A, 4) xyxy. A side's length is the expectation over its bins, 0 to 15 strides.
     """
     bins = torch.arange(16, dtype=box_logits.dtype, device=box_logits.device)
-    length = (box_logits.unflatten(-1, (4, 16)).softmax(-1) * bins).sum(-1) * strides      # (..., A, 4)
+    length = (box_logits.unflatten(-1, (4, 16)).softmax(-1) * bins).sum(-1) * strides  # (..., A, 4)
     return torch.cat((points - length[..., :2], points + length[..., 2:]), -1)
 
 

@@ -53,13 +53,13 @@ class HSVDETConfig:
     select: str = 'l2sq'                                                              # l2sq l2 random learned
     gate: str = 'learned'                                                             # learned fixed none
     heads: int = 1                                                                    # attention heads
-    kernel: str = 'epanechnikov'                                                      # of K: epanechnikov linear
     pos: bool = False                                                                 # positional encoding of q and k
     one2one: bool = False                                                             # a second head that needs no NMS
     keep: str = ''     # 'mass:0.5': of the k those that hold half of the importance; 'joint': P4 and P5 share their k's
     memory: str = ''   # 'scale': P4's tokens attend to P5's too; 'time': to those of earlier frames; or 'scale,time'.
-    #                    With ':shuffled' (the control) they get the tokens of another image of the batch of 2 or more
+    #                    With ':shuffled' (the control; batches of 2 or more) they get the tokens of another image
     frames: int = 2                                                                   # earlier frames that 'time' keeps
+    kernel: str = 'epanechnikov'                                                      # of K: epanechnikov linear
 
     def __post_init__(self):
         for ok, message in (
@@ -460,14 +460,14 @@ class HSVDET(nn.Module):
             memory = torch.cat([tokens for tokens, _ in offered], 1)                  # (B, T, C)
             if any(kept is not None for _, kept in offered):
                 memory_mask = torch.cat([tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if kept is None else kept
-                                  for tokens, kept in offered], 1)                    # (B, T)
+                                         for tokens, kept in offered], 1)             # (B, T)
             if self.cfg.memory.endswith(':shuffled'):
                 memory = memory.roll(1, 0)
                 memory_mask = None if memory_mask is None else memory_mask.roll(1, 0)
         chosen = mixer.select_tokens(x, count)
         x = block(x, memory, memory_mask, chosen)
         B, C, H, W = x.shape
-        tokens = x.flatten(2).transpose(1, 2).gather(1, chosen.cells[..., None].expand(-1, -1, C))       # (B, k, C)
+        tokens = x.flatten(2).transpose(1, 2).gather(1, chosen.cells[..., None].expand(-1, -1, C))    # (B, k, C)
         if mixer.pos:
             tokens = tokens + sincos_2d(H, W, C, x.device).to(x.dtype)[chosen.cells]
         return x, Taken(chosen.cells, chosen.kept, tokens)

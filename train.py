@@ -349,7 +349,7 @@ if sync_bn and ddp:
     model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 kinds = {part: config[f'optimizer_{part}'] or optimizer for part in ('backbone', 'neck', 'block', 'head')}
 factors = {part: config[f'lr_{part}'] for part in kinds}
-groups = model.param_groups(1.0, weight_decay, factors)      # before the backbone is frozen, for its dtype
+groups = model.param_groups(1.0, weight_decay, factors)         # with the backbone even if frozen: it has a dtype too
 if freeze == 'backbone':
     model.backbone.requires_grad_(False)
 optimizers = make_optimizers(model.param_groups(1.0, weight_decay, factors), kinds, lr, momentum, beta2)
@@ -452,9 +452,8 @@ def save_checkpoint():
     if is_main_process:
         warning = write_checkpoint(os.path.join(out_dir, 'ckpt.pt'), dict(
             model.checkpoint(), ema=ema.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-            scaler=scaler.state_dict(), step=step, total_steps=total_steps, best=best,
-            running=running, count=count,
-            config=config, commit=commit, seed=seed), keep_previous=True)
+            scaler=scaler.state_dict(), step=step, total_steps=total_steps, best=best, running=running,
+            count=count, config=config, commit=commit, seed=seed), keep_previous=True)
         if warning:
             print0(f'warning: {warning}')
 

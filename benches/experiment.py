@@ -47,10 +47,7 @@ FIGURES = ('AP', 'AP50', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'duplicat
            'recall 0.3-0.5', 'recall > 0.5', 'AP without', 'minutes')
 COLUMNS = ('arm', 'seed', *FIGURES, 'clock minutes', 'steps', 'images', 'parameters', 'machine', 'dtype', 'threads',
            'date', 'commit', 'train')
-
-
-# what a checkpoint holds besides parameters
-BN_STATE = ('running_mean', 'running_var', 'num_batches_tracked')
+BN_STATE = ('running_mean', 'running_var', 'num_batches_tracked')            # in a checkpoint, and no parameters
 
 
 def run(script, arguments, log):

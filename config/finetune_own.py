@@ -15,7 +15,7 @@ epochs = 15
 min_steps = 500
 batch_size = 8               # many small steps, and whole pictures: the AP of 30 epochs of 16 with Mosaic
 mosaic = 0.0                 # in half the time (RESULTS.md, "Fewer steps"). For 60 epochs, or 100 images: --mosaic=1
-scale_aug = 0.2              # and sizes vary little: 0.5, as over 100 epochs, costs so short a run 0.03 AP
+scale_aug = 0.2              # and sizes vary little: 0.5, as over 100 epochs, costs so short a run 0.01 to 0.03 AP
 warmup_epochs = 1
 no_aug_epochs = 1
 optimizer = 'muon'           # half of AdamW's epochs for the same AP

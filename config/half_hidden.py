@@ -1,5 +1,5 @@
 # Context needed in part: half of the discs show their colour, which is their class; the others are white, and only
-# their fellows or the cue tell it. With the blocks all are named, without them the white ones are a guess:
+# their fellows or the cue tell it. Blocks mostly learn that, convolutions of as many parameters do not:
 #   python train.py config/half_hidden.py
 #   python train.py config/half_hidden.py --attn=--- --out_dir=out/half_hidden_without
 # hardware: one CPU core, about 6 minutes a run; AP: RESULTS.md, "does global context help?"

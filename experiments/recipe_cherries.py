@@ -1,5 +1,5 @@
-# The same question on cherries, whose sizes vary with the distance: 6 epochs, one change at a time, on the held-out
-# fifth of the training images.
+# Does weaker scale augmentation (recipe_cells.py) help where sizes vary with the distance? Cherries, 6 epochs, on the
+# held-out fifth of the training images.
 #   python data.py split data/cherries/train.json --val=0.2
 #   python bench.py experiment experiments/recipe_cherries.py
 name = 'recipe_cherries'
