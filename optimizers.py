@@ -21,16 +21,39 @@ LIBRARY = dict(lamb=('Lamb', 0.999), soap=('SOAP', 0.95), lion=('Lion', 0.99))  
 KINDS = ('adamw', 'sgd', 'muon', *LIBRARY)
 
 
-def orthogonalize(matrix, steps=5):
-    """(n, m) -> about U V^T of its singular value decomposition: the quintic Newton-Schulz iteration of Muon."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
-    if x.shape[0] > x.shape[1]:
-        return orthogonalize(matrix.T, steps).T
-    for _ in range(steps):
-        gram = x @ x.T                                                                # (n, n), n the smaller side
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+QUINTIC = 3.4445, -4.7750, 2.0315                      # a x + b x^3 + c x^5 five times makes 0.003..1 about 0.7..1.2
+
+
+def orthogonalize(matrices):
+    """(k, n, m) -> about U V^T of each one's singular value decomposition: Muon's quintic Newton-Schulz iteration."""
+    a, b, c = QUINTIC
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalize(matrices.mT).mT
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT                                                            # (k, n, n), n the smaller side
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def orthogonalize_wide(matrices):
+    """
+    The same, faster where one side is at least twice the other. An iteration multiplies x from the left by a symmetric
+    p(gram), so the next gram is p gram p, and all five are products of (n, n) matrices: 4 n^2 m + 36 n^3 FLOPs instead
+    of 20 n^2 m + 10 n^3. A 3x3 kernel, m = 9 n, takes 0.38 of them.
+    """
+    a, b, c = QUINTIC
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalize_wide(matrices.mT).mT
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram, product = x @ x.mT, None
+    for i in range(5):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor @ product if i else factor
+        if i < 4:
+            gram = factor @ gram @ factor
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):
@@ -38,6 +61,7 @@ class Muon(torch.optim.Optimizer):
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices and convolution kernels, which count as
     matrices (c_out, c_in h w): the step is the Nesterov momentum with all singular values made equal, its size that of
     an AdamW step (0.2 sqrt(larger side), Liu et al. 2025, 2502.16982), so that lr and weight decay mean the same.
+    Matrices of one shape are done at once: one by one they would be two thirds of all that a step asks of a GPU.
     """
 
     def __init__(self, groups, lr, momentum):
@@ -46,15 +70,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            by_shape = {}
             for p in group['params']:
                 if p.grad is None:
                     continue
                 if not self.state[p]:
                     self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                buffer = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
-                update = orthogonalize(p.grad.lerp(buffer, group['momentum']).flatten(1))
-                size = 0.2 * max(update.shape) ** 0.5
-                p.mul_(1 - group['lr'] * group['weight_decay']).add_(update.view(p.shape), alpha=-group['lr'] * size)
+                by_shape.setdefault((len(p), p[0].numel()), []).append(p)
+            for (n, m), params in by_shape.items():
+                gradients, buffers = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
+                torch._foreach_lerp_(buffers, gradients, 1 - group['momentum'])
+                nesterov = torch._foreach_lerp(gradients, buffers, group['momentum'])
+                fast = orthogonalize_wide if max(n, m) >= 2 * min(n, m) else orthogonalize
+                updates = fast(torch.stack([x.flatten(1) for x in nesterov])) * (0.2 * max(n, m) ** 0.5)
+                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+                torch._foreach_add_(params, [x.reshape(p.shape) for x, p in zip(updates, params, strict=True)],
+                                    alpha=-group['lr'])
 
 
 def from_library(kind, groups, lr, momentum):

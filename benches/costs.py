@@ -39,6 +39,7 @@ from configurator import InputError, build, configure
 from data import Augment, DetectionDataset, collate
 from loss import detection_loss, total_loss
 from model import HSVDET, HSVDETConfig, nms
+from optimizers import make_optimizers
 from plots import draw_attention_cost
 from sparse_attention import SparseGlobalBlockGated
 
@@ -57,6 +58,8 @@ imgsz: int | tuple = 640       # train, memory, loader: int, or (H, W)
 batch_size = 16                # train, memory: images a step
 grad_accum = 1                 # train, memory: micro-batches a step
 checkpointing = False          # train, memory: recompute activations
+optimizer = 'adamw'            # train, memory on a GPU: one of optimizers.KINDS
+momentum = 0.9                 # train
 weight_decay = 0.05            # train
 memory_cap_gb = 0.0            # memory: > 0 limits what PyTorch takes of a GPU's memory
 train_data = 'data/shapes/train.json'                                                 # train, loader
@@ -397,14 +400,15 @@ def input_shape():
 
 
 def make_training(name, num_classes):
-    """Model, EMA model and optimizer: AdamW, whatever the settings."""
+    """Model, EMA model and optimizers, one kind for the whole network."""
     model = make_model(name, num_classes).train()
     ema = copy.deepcopy(model).requires_grad_(False)
     model.checkpointing = checkpointing
-    return model, ema, torch.optim.AdamW(model.param_groups(1e-3, weight_decay), fused=True)
+    kinds = dict.fromkeys(('backbone', 'neck', 'block', 'head'), optimizer)
+    return model, ema, make_optimizers(model.param_groups(1.0, weight_decay), kinds, 1e-3, momentum, 0.999)
 
 
-def training_step(model, ema, optimizer, batch, clock):
+def training_step(model, ema, optimizers, batch, clock):
     """One micro-batch and one optimizer step; clock(part) is a context. A one-to-one head is left out."""
     images = batch['images'].to(device).to(memory_format=torch.channels_last).float() / 255
     targets = dict(labels=batch['labels'].to(device), boxes=batch['boxes'].to(device))
@@ -418,8 +422,9 @@ def training_step(model, ema, optimizer, batch, clock):
         total_loss(losses).backward()
     with clock('optimizer + EMA'):
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
         torch._foreach_lerp_([t for t in ema.state_dict().values() if t.is_floating_point()],
                              [t for t in model.state_dict().values() if t.is_floating_point()], 0.01)
 
@@ -457,7 +462,7 @@ def bench_train():
         times['all, one after the other'] = total = sum(times.values())
         rows = [{'part': part, 'ms': ms, 'share': f'{ms / total:.0%}', 'images/s': micro / ms * 1e3}
                 for part, ms in times.items()]
-        title = f'scale {config["scale"]}, {name}, {W}x{H}, batch {micro}, {how}, {train_data}'
+        title = f'scale {config["scale"]}, {name}, {W}x{H}, batch {micro}, {optimizer}, {how}, {train_data}'
         write_table('train' if how == 'eager' else 'train_compiled', title, pick_dtype(training=True), rows)
 
 

@@ -8,29 +8,43 @@ import torch
 from baselines.detr import DETR, DETRConfig
 from configurator import InputError
 from model import HSVDET, HSVDETConfig
-from optimizers import KINDS, LIBRARY, Muon, make_optimizers, orthogonalize, set_precision
+from optimizers import KINDS, LIBRARY, Muon, make_optimizers, orthogonalize, orthogonalize_wide, set_precision
 
 
-@pytest.mark.parametrize('shape', [(8, 8), (16, 72), (72, 16), (1, 5)])
-def test_orthogonalize_makes_singular_values_equal(shape):
+@pytest.mark.parametrize('shape', [(1, 8, 8), (3, 16, 72), (2, 72, 16), (1, 1, 5)])
+@pytest.mark.parametrize('fast', [False, True])
+def test_orthogonalize_makes_singular_values_equal(shape, fast):
     g = torch.Generator().manual_seed(0)
-    matrix = torch.randn(shape, generator=g) * 1e-3
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    got = orthogonalize(matrix)
+    matrices, function = torch.randn(shape, generator=g) * 1e-3, orthogonalize_wide if fast else orthogonalize
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    got = function(matrices)
     assert torch.linalg.svdvals(got).min() > 0.5 and torch.linalg.svdvals(got).max() < 1.3       # the quintic's band
-    cosine = (got * (u @ vh)).sum() / got.norm() / (u @ vh).norm()
-    assert cosine > 0.95
-    torch.testing.assert_close(orthogonalize(matrix * 1e3), got, rtol=1e-2, atol=1e-3)         # scale does not matter
+    assert (torch.cosine_similarity(got.flatten(1), (u @ vh).flatten(1)) > 0.95).all()
+    torch.testing.assert_close(function(matrices * 1e3), got, rtol=1e-2, atol=1e-3)            # scale does not matter
+
+
+@pytest.mark.parametrize('shape', [(2, 16, 144), (2, 48, 12), (3, 64, 128), (1, 20, 20)])
+def test_wide_matrices_the_fast_way(shape):
+    """Ill-conditioned ones too: singular values from 1 to 1e-6."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(shape, generator=g, dtype=torch.float64) * torch.logspace(0, -6, shape[2], dtype=torch.float64)
+    torch.testing.assert_close(orthogonalize_wide(x), orthogonalize(x), rtol=0, atol=1e-9)
+    torch.testing.assert_close(orthogonalize_wide(x.float()).double(), orthogonalize(x), rtol=0, atol=1e-3)
 
 
 def test_muon_step_by_hand():
+    """Three kernels, two of one shape: a step by hand for each."""
     g = torch.Generator().manual_seed(1)
-    p = torch.nn.Parameter(torch.randn(4, 3, 3, 3, generator=g))
-    before, p.grad = p.detach().clone(), torch.randn(4, 3, 3, 3, generator=g)
-    gradient = p.grad.clone()
-    Muon([dict(params=[p], lr=0.1, weight_decay=0.5)], 0.1, momentum=0.9).step()
-    update = orthogonalize(gradient.lerp(gradient * 0.1, 0.9).flatten(1)).view(p.shape)
-    torch.testing.assert_close(p.detach(), before * 0.95 - 0.1 * 0.2 * 27 ** 0.5 * update)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((4, 3, 3, 3), (4, 6), (4, 27))]
+    before, gradients = [p.detach().clone() for p in params], [torch.randn(p.shape, generator=g) for p in params]
+    for p, gradient in zip(params, gradients, strict=True):
+        p.grad = gradient.clone(memory_format=torch.channels_last) if p.ndim == 4 else gradient.clone()
+    Muon([dict(params=params, lr=0.1, weight_decay=0.5)], 0.1, momentum=0.9).step()
+    for p, was, gradient in zip(params, before, gradients, strict=True):
+        update = orthogonalize(gradient.lerp(gradient * 0.1, 0.9).flatten(1)[None])[0].view(p.shape)
+        size = 0.2 * max(update.flatten(1).shape) ** 0.5
+        torch.testing.assert_close(p.detach(), was * 0.95 - 0.1 * size * update, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(p.grad, gradient)                                       # the loop may still log it
 
 
 def test_parts_get_their_optimizer():
