@@ -28,7 +28,7 @@ from statistics import mean, stdev
 
 from scipy.stats import ttest_rel
 
-from benches.costs import machine
+from benches import costs
 from configurator import InputError, configure
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -95,9 +95,10 @@ def train_and_evaluate(arm, more, seed):
     if without and set(saved['model_config'].get('attn', '-')) - {'-'}:
         figures['AP without'] = json.loads(run('eval.py', [*arguments, f'--without={without}'], log)[0])['AP']
     with open(os.path.join(folder, 'train.txt'), encoding='utf-8') as f:
-        device, dtype = re.search(r'; (\S+) (\w+)[^;]*; \d+ steps', f.read()).groups()   # 'auto' is settled there
+        costs.device, dtype = re.search(r'; (\S+) (\w+)[^;]*; \d+ steps', f.read()).groups()  # 'auto' is settled there
     return dict(figures, arm=arm, seed=seed, minutes=cpu, steps=saved['step'], dtype=dtype, threads=threads,
-                images=saved['step'] * saved['config']['batch_size'], machine=f'{machine().split(",")[0]}, {device}',
+                images=saved['step'] * saved['config']['batch_size'],
+                machine=f'{costs.machine().split(",")[0]}, {costs.device}',
                 parameters=sum(t.numel() for key, t in saved['model'].items() if not key.endswith(BN_STATE)),
                 date=time.strftime('%Y-%m-%d'), commit=saved['commit'][:9], train=f'{train} {more}') | {
                     'clock minutes': clock}

@@ -6,7 +6,17 @@ train = 'config/finetune_own.py --train_data=data/bccd/trainval.json --val_data=
 arms = (('---', '--attn=---'),
         ('-SS', '--attn=-SS'),
         ('-CC', '--attn=-CC'),
-        ('-PP', '--attn=-PP'))
+        ('-PP', '--attn=-PP'),
+        ('-FF', '--attn=-FF'),
+        ('-DD', '--attn=-DD'),
+        ('-WW', '--attn=-WW'),
+        ('-LL', '--attn=-LL'),
+        ('-NN', '--attn=-NN'),
+        ('-KK', '--attn=-KK'),
+        ('-MM', '--attn=-MM'),
+        ('-TT', '--attn=-TT'),
+        ('30 epochs', '--attn=--- --epochs=30'),
+        ('60 epochs', '--attn=--- --epochs=60 --no_aug_epochs=6 --mosaic=1 --scale_aug=0.5'))
 seeds = (0, 1, 2, 3, 4)
 test = 'data/bccd/test.json'
 without = 'block4,block5'
