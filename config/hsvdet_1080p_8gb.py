@@ -1,4 +1,5 @@
-# Scale l at 1920x1088, effective batch 16, under a hard cap of 8 GB of GPU memory. Unproven: no GPU was at hand yet.
+# Scale l at 1920x1088, effective batch 16, under a hard cap of 8 GB of GPU memory. On an H100 it took 1.8 GiB
+# (RESULTS.md, "On a GPU"); no card of 8 GB was at hand yet.
 #   python train.py config/hsvdet_1080p_8gb.py --train_data=... --val_data=...
 #   python bench.py memory config/hsvdet_1080p_8gb.py                 where the memory goes
 exec(open('config/hsvdet_coco20.py').read())
