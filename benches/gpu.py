@@ -317,6 +317,17 @@ def run_step(step):
                 date=time.strftime('%Y-%m-%d'), command=shlex.join(['python', *step.command]))
 
 
+def add_what_is_missing(wanted, steps):
+    """The steps that make the pictures and the weights of the others join them, where their files are gone."""
+    makers = {'data': os.path.join(out_dir, 'data', 'train.json'), 'train': os.path.join(out_dir, 'train', 'best.pt')}
+    for step in reversed(steps):                                       # what makes a file is before what reads it
+        if step.name in makers and step.name not in wanted and not os.path.exists(makers[step.name]) and any(
+                f'{out_dir}/{step.name}' in argument for other in steps if other.name in wanted
+                for argument in other.command):
+            wanted.add(step.name)
+            yield step.name
+
+
 def log_of(name):
     return os.path.join(out_dir, f'{name.replace(" ", "_")}.txt')
 
@@ -369,17 +380,22 @@ def main():
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit('asked to stop'))    # by way of run_step's finally
     os.makedirs(out_dir, exist_ok=True)
     versions = Step('versions', '', 120, last(r'(?P<_>\S.*)'), versions_command())
-    row, rows, wanted, failed = run_step(versions), read_rows(), only.split(',') if only else [], []
+    row, rows, failed = run_step(versions), read_rows(), []
     machine = row['figure'].strip() or 'unknown'
     print(f'{machine}\n{log_of("versions")}: exit {row["exit"]}', flush=True)
     steps = make_steps()
-    if set(wanted) - {step.name for step in steps}:
+    wanted = set(only.split(',') if only else (step.name for step in steps))
+    if wanted - {step.name for step in steps}:
         raise InputError(f'--only={only}: the steps are {",".join(step.name for step in steps)}')
-    for step in steps:
-        if wanted and step.name not in wanted:
-            continue
+    for step in steps:                                                 # those that succeeded already are not run again
         known, command = rows.get(step.name), shlex.join(['python', *step.command])
         if known and succeeded(known) and (known['command'], known['machine']) == (command, machine) and not again:
+            wanted.discard(step.name)
+    missing = list(add_what_is_missing(wanted, steps))
+    if missing:
+        print(f'{out_dir} lacks what {" and ".join(missing)} made: once more', flush=True)
+    for step in steps:
+        if step.name not in wanted:
             continue
         print(f'{time.strftime("%H:%M:%S")} {step.name} ... ', end='', flush=True)
         rows[step.name] = run_step(step) | dict(machine=machine)

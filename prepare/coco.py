@@ -85,8 +85,8 @@ def receive(session, url, path, issue_of, bar, stop):
     if issue:
         os.remove(part)                                                # all of it again
         raise requests.RequestException(issue)
+    os.remove(etag)                                                    # first: nobody looks for it beside a whole file
     os.replace(part, path)
-    os.remove(etag)
 
 
 def fetch(name, path, issue_of, session, base_url, tries, pause, bar, stop):

@@ -65,6 +65,24 @@ def test_every_step_survives_the_others(run, tmp_path):
     assert '0, 1 processes left' in page and '`python -c \'raise SystemExit(3)\'`' in page
 
 
+def test_what_others_need_is_made_again(run, tmp_path):
+    """Pictures are gone, as on a new machine of the same kind: only those who need them bring them back."""
+    folder = tmp_path / 'run' / 'data'
+    make = f'import os; os.makedirs({str(folder)!r}, exist_ok=True); open({str(folder / "train.json")!r}, "w"); '
+    made, used, other = (tmp_path / name for name in ('made', 'used', 'other'))
+    steps = [('data', 9, make + counting(made)), ('uses', 9, f'open({str(folder / "train.json")!r}); {counting(used)}'),
+             ('other', 9, counting(other))]
+    run(steps)
+    (folder / 'train.json').unlink()
+    run(steps)                                                                        # all succeeded: nothing to do
+    (tmp_path / 'a.csv').unlink()
+    run(steps, only='other')
+    assert (made.read_text(), other.read_text()) == ('x', 'xx')
+    rows = run(steps, only='uses')
+    assert [row['step'] for row in rows] == ['other', 'data', 'uses'] and not gpu.failed
+    assert (made.read_text(), used.read_text(), other.read_text()) == ('xx', 'xx', 'xx')
+
+
 def test_what_succeeded_is_not_run_again(run, tmp_path):
     good, bad = tmp_path / 'good', tmp_path / 'bad'
     steps = [('good', 9, counting(good)), ('bad', 9, counting(bad) + '; raise SystemExit(1)')]
