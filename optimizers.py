@@ -24,36 +24,50 @@ KINDS = ('adamw', 'sgd', 'muon', *LIBRARY)
 QUINTIC = 3.4445, -4.7750, 2.0315                      # a x + b x^3 + c x^5 five times makes 0.003..1 about 0.7..1.2
 
 
-def orthogonalize(matrices):
-    """(k, n, m) -> about U V^T of each one's singular value decomposition: Muon's quintic Newton-Schulz iteration."""
+def orthogonalize(x):
+    """(k, n, m) -> about U V^T of their singular value decompositions: the quintic Newton-Schulz iteration of Muon."""
     a, b, c = QUINTIC
-    if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalize(matrices.mT).mT
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.mT                                                            # (k, n, n), n the smaller side
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b g + c g g) x
     return x
 
 
-def orthogonalize_wide(matrices):
+def orthogonalize_wide(stacks):
     """
-    The same, faster where one side is at least twice the other. An iteration multiplies x from the left by a symmetric
-    p(gram), so the next gram is p gram p, and all five are products of (n, n) matrices: 4 n^2 m + 36 n^3 FLOPs instead
-    of 20 n^2 m + 10 n^3. A 3x3 kernel, m = 9 n, takes 0.38 of them.
+    The same for a list of (k, n, m), of one n and any m. An iteration multiplies x from the left by a symmetric
+    p(gram), so the next gram is p gram p, and all five are products of (n, n) matrices: 4 n^2 m + 34 n^3 FLOPs instead
+    of 20 n^2 m + 10 n^3; 0.37 of them for a 3x3 kernel (m = 9 n), 1.27 for m = n. And without m all go through at once.
     """
     a, b, c = QUINTIC
-    if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalize_wide(matrices.mT).mT
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, product = x @ x.mT, None
+    gram = torch.cat([x @ x.mT for x in stacks])
+    norm = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].sqrt() + 1e-7          # Frobenius
+    gram, product = gram / norm ** 2, None
     for i in range(5):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor @ product if i else factor
+        product = factor @ product if i else factor / norm
         if i < 4:
             gram = factor @ gram @ factor
-    return product @ x
+    return [part @ x for part, x in zip(product.split([len(x) for x in stacks]), stacks, strict=True)]
+
+
+def orthogonalize_all(matrices):
+    """The same for each of a list, with few operations: a GPU waits for Python where it is given hundreds of them."""
+    places, wide, done = {}, {}, {}                                     # places: (n, m), n <= m -> indices in the list
+    for i, x in enumerate(matrices):
+        places.setdefault((min(x.shape), max(x.shape)), []).append(i)
+    for (n, m), some in places.items():
+        stack = torch.stack([matrices[i] if len(matrices[i]) == n else matrices[i].mT for i in some])
+        if m < 2 * n:
+            done[n, m] = orthogonalize(stack)
+        else:
+            wide.setdefault(n, {})[n, m] = stack
+    for stacks in wide.values():
+        done |= zip(stacks, orthogonalize_wide(list(stacks.values())), strict=True)
+    found = {i: x for shape, some in places.items() for i, x in zip(some, done[shape].unbind(), strict=True)}
+    return [found[i] if found[i].shape == x.shape else found[i].mT for i, x in enumerate(matrices)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -61,7 +75,6 @@ class Muon(torch.optim.Optimizer):
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices and convolution kernels, which count as
     matrices (c_out, c_in h w): the step is the Nesterov momentum with all singular values made equal, its size that of
     an AdamW step (0.2 sqrt(larger side), Liu et al. 2025, 2502.16982), so that lr and weight decay mean the same.
-    Matrices of one shape are done at once: one by one they would be two thirds of all that a step asks of a GPU.
     """
 
     def __init__(self, groups, lr, momentum):
@@ -69,23 +82,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        groups, directions = [], []
         for group in self.param_groups:
-            by_shape = {}
-            for p in group['params']:
-                if p.grad is None:
-                    continue
+            params = [p for p in group['params'] if p.grad is not None]
+            for p in params:
                 if not self.state[p]:
                     self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                by_shape.setdefault((len(p), p[0].numel()), []).append(p)
-            for (n, m), params in by_shape.items():
-                gradients, buffers = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
+            gradients, buffers = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
+            if params:
                 torch._foreach_lerp_(buffers, gradients, 1 - group['momentum'])
-                nesterov = torch._foreach_lerp(gradients, buffers, group['momentum'])
-                fast = orthogonalize_wide if max(n, m) >= 2 * min(n, m) else orthogonalize
-                updates = fast(torch.stack([x.flatten(1) for x in nesterov])) * (0.2 * max(n, m) ** 0.5)
-                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-                torch._foreach_add_(params, [x.reshape(p.shape) for x, p in zip(updates, params, strict=True)],
-                                    alpha=-group['lr'])
+                directions += torch._foreach_lerp(gradients, buffers, group['momentum'])             # Nesterov's
+                groups.append((group, params))
+        updates = iter(orthogonalize_all([x.flatten(1) for x in directions]))
+        for group, params in groups:
+            mine = [next(updates).reshape(p.shape) for p in params]
+            torch._foreach_mul_(mine, [-group['lr'] * 0.2 * max(len(p), p[0].numel()) ** 0.5 for p in params])
+            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+            torch._foreach_add_(params, mine)
 
 
 def from_library(kind, groups, lr, momentum):
