@@ -4,6 +4,7 @@ Several trainings side by side: every arm of an experiment with every seed, one 
     python bench.py experiment experiments/detectors_shapes.py                  hours; may be broken off and run again
     python bench.py experiment experiments/detectors_shapes.py --seeds='(3,)'   one more seed
     python bench.py experiment experiments/detectors_shapes.py --show=True      the table of what is there
+    ... --name=detectors_gpu --jobs=12 --more='--workers=1 --dtype=float32'     on a GPU, which holds many small runs
 
 An experiment is a config file of this script: the command that all its runs share, and its arms, which are what each
 adds to it. A run is `train.py` with the arm's settings and its seed, then `eval.py` on the test images with the weights
@@ -12,18 +13,19 @@ off goes on from its checkpoint. Seeds are the outer loop, so that a table of fe
 compared with the first one seed by seed: the mean difference, its standard error, and the p value of Student's paired
 t test, which says little below five seeds.
 
-Minutes are those of the training process: its CPU time over its threads, which other work on the machine does not
-stretch, and by the clock. Choose settings on val_data; the images of `test` are for the figure that is reported.
+Minutes are those of the training process: its CPU time over its threads, which other work on the machine hardly
+stretches, and by the clock. Choose settings on val_data; the images of `test` are for the figure that is reported.
 """
 import csv
 import json
 import os
 import re
-import resource
 import shlex
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from statistics import mean, stdev
 
 from scipy.stats import ttest_rel
@@ -34,6 +36,7 @@ from configurator import InputError, configure
 # --- settings ---------------------------------------------------------------------------------------------------------
 name = ''                      # of the experiment: rows go to results/NAME.csv, runs to out/experiments/NAME/ARM_SEED
 train = ''                     # arguments of train.py that all arms share: a config file, and settings
+more = ''                      # further ones: what this machine wants
 arms: tuple = ()               # ((name, further arguments with {seed} filled in), ...); the first is the reference
 only = ''                      # the arms to run, separated by commas; '' runs all
 seeds: tuple = (0, 1, 2)
@@ -41,6 +44,7 @@ test = ''                      # eval.py --data=: a label file
 evaluate = '--occlusion=True'  # further arguments of eval.py
 without = ''                   # eval.py --without=: the blocks to take out for one more AP, where an arm has them
 threads = 1                    # CPU threads of a run
+jobs = 1                       # runs at a time
 show = False                   # run nothing, print the table of the rows there are
 
 FIGURES = ('AP', 'AP50', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'duplicates', 'recall <= 0.1', 'recall 0.1-0.3',
@@ -52,16 +56,18 @@ BN_STATE = ('running_mean', 'running_var', 'num_batches_tracked')            # i
 
 def run(script, arguments, log):
     """`python SCRIPT arguments` with its output in the file `log` -> (its last line, CPU seconds, seconds)."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    started = time.time()
     with open(log, 'a', encoding='utf-8') as f:
-        code = subprocess.run([sys.executable, script, *arguments], stdout=f, stderr=subprocess.STDOUT,
-                              env=os.environ | dict(OMP_NUM_THREADS=str(threads))).returncode
-    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.time() - started
+        process = subprocess.Popen([sys.executable, script, *arguments], stdout=f, stderr=subprocess.STDOUT,
+                                   env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
+        _, status, usage = os.wait4(process.pid, 0)                               # its CPU time and no other child's
+    process.returncode = code = os.waitstatus_to_exitcode(status)
+    seconds = time.time() - started
     with open(log, encoding='utf-8') as f:
-        last = f.read().splitlines()[-1]
+        last = (f.read().splitlines() or [''])[-1]
     if code:
         raise InputError(f'{script} {" ".join(arguments)} ended with {code}: {last} (all of it: {log})')
-    return last, sum(after[:2]) - sum(before[:2]), seconds
+    return last, usage.ru_utime + usage.ru_stime, seconds
 
 
 def read_rows(path):
@@ -71,12 +77,12 @@ def read_rows(path):
         return list(csv.DictReader(f))
 
 
-def train_and_evaluate(arm, more, seed):
-    """One row of the table."""
+def train_and_evaluate(arm, of_arm, seed):
+    """One row of the table; of_arm: what the arm adds to the command."""
     folder = os.path.join('out', 'experiments', name, f'{arm}_{seed}'.replace(' ', '_'))
     os.makedirs(folder, exist_ok=True)
     spent = os.path.join(folder, 'seconds.txt')                    # of all parts of a run that was broken off
-    arguments = [*shlex.split(train), *shlex.split(more.format(seed=seed)), f'--seed={seed}', f'--out_dir={folder}',
+    arguments = [*shlex.split(f'{train} {of_arm.format(seed=seed)} {more}'), f'--seed={seed}', f'--out_dir={folder}',
                  '--eval_interval=1e9', '--save_interval=200', '--num_pictures=0', '--report=False']
     if os.path.exists(os.path.join(folder, 'ckpt.pt')):
         arguments.append('--init_from=resume')
@@ -100,8 +106,8 @@ def train_and_evaluate(arm, more, seed):
                 images=saved['step'] * saved['config']['batch_size'],
                 machine=f'{costs.machine().split(",")[0]}, {costs.device}',
                 parameters=sum(t.numel() for key, t in saved['model'].items() if not key.endswith(BN_STATE)),
-                date=time.strftime('%Y-%m-%d'), commit=saved['commit'][:9], train=f'{train} {more}') | {
-                    'clock minutes': clock}
+                date=time.strftime('%Y-%m-%d'), commit=saved['commit'][:9],
+                train=f'{train} {of_arm} {more}'.strip()) | {'clock minutes': clock}
 
 
 def cell(value):
@@ -132,24 +138,38 @@ def main():
     if not (name and train and arms and test):
         raise InputError('an experiment is a file with name, train, arms and test: '
                          'python bench.py experiment experiments/detectors_shapes.py')
+    if jobs < 1:
+        raise InputError(f'--jobs={jobs}: must be at least 1')
     wanted = only.split(',') if only else [arm for arm, _ in arms]
     if unknown := set(wanted) - {arm for arm, _ in arms}:
         raise InputError(f'--only={only}: {name} has no arm {", ".join(unknown)}, it has '
                          + ', '.join(arm for arm, _ in arms))
     os.makedirs('results', exist_ok=True)
-    path = os.path.join('results', f'{name}.csv')
-    for seed in () if show else seeds:
-        for arm, more in arms:
-            if arm not in wanted or any(r['arm'] == arm and int(r['seed']) == seed for r in read_rows(path)):
-                continue
-            print(f'{time.strftime("%H:%M")} {name}: {arm}, seed {seed}', flush=True)
-            row = train_and_evaluate(arm, more, seed)
+    path, writing = os.path.join('results', f'{name}.csv'), threading.Lock()
+    there = {(row['arm'], int(row['seed'])) for row in read_rows(path)}
+
+    def run_one(arm, of_arm, seed):
+        print(f'{time.strftime("%H:%M")} {name}: {arm}, seed {seed}', flush=True)
+        row = train_and_evaluate(arm, of_arm, seed)
+        with writing:
             new = not os.path.exists(path)
             with open(path, 'a', newline='', encoding='utf-8') as f:
                 writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore')
                 if new:
                     writer.writeheader()
                 writer.writerow({key: cell(row.get(key)) for key in COLUMNS})
+
+    todo = [(arm, of_arm, seed) for seed in seeds for arm, of_arm in arms if arm in wanted and (arm, seed) not in there]
+    if not show and jobs == 1:
+        for one in todo:
+            run_one(*one)
+    elif not show:
+        pool = ThreadPoolExecutor(jobs)
+        try:
+            for future in as_completed([pool.submit(run_one, *one) for one in todo]):
+                future.result()
+        finally:                                                                  # after an error or Ctrl-C no new one
+            pool.shutdown(cancel_futures=True)
     print_table(read_rows(path))
 
 

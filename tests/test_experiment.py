@@ -3,6 +3,7 @@ import csv
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -46,20 +47,45 @@ def test_a_row_is_run_once(monkeypatch, tmp_path):
             ('a', '0', '0.5000'), ('b', '0', '0.5000'), ('b', '1', '0.5000')]
 
 
+def test_several_runs_at_a_time(monkeypatch, tmp_path):
+    """Both of the first two must be there at once, or neither goes on; an error ends it, and what was done is kept."""
+    barrier = threading.Barrier(2, timeout=20)
+    monkeypatch.chdir(tmp_path)
+
+    def run(arm, of_arm, seed):
+        if arm == 'c':
+            raise InputError('c is broken')
+        barrier.wait()
+        return dict(arm=arm, seed=seed, AP=0.5)
+
+    for key, value in dict(name='e', train='x.py', test='t.json', arms=(('a', ''), ('b', ''), ('c', '')), seeds=(0,),
+                           jobs=2, train_and_evaluate=run).items():
+        monkeypatch.setattr(experiment, key, value)
+    with pytest.raises(InputError, match='c is broken'):
+        experiment.main()
+    assert sorted(row['arm'] for row in experiment.read_rows(tmp_path / 'results' / 'e.csv')) == ['a', 'b']
+    monkeypatch.setattr(experiment, 'jobs', 0)
+    with pytest.raises(InputError, match='--jobs=0: must be at least 1'):
+        experiment.main()
+
+
 @pytest.mark.slow
 def test_end_to_end(tmp_path):
     make_shapes(str(tmp_path / 'shapes'), 8, 4, 64, 0)
     file = tmp_path / 'tiny.py'
     file.write_text(f"name = 'tiny'\ntrain = 'config/shapes.py --imgsz=64 --epochs=2 --warmup_epochs=0 --make_data= "
                     f"--train_data={tmp_path}/shapes/train.json --val_data={tmp_path}/shapes/val.json'\n"
-                    f"arms = (('sparse', '--attn=-SS'),)\nseeds = (0,)\nwithout = 'block4,block5'\n"
+                    f"arms = (('sparse', '--attn=-SS'), ('none', '--attn=---'))\nseeds = (0,)\n"
+                    f"without = 'block4,block5'\n"
                     f"test = '{tmp_path}/shapes/val.json'\n")
     os.makedirs(tmp_path / 'work')
     for folder in ('config', 'train.py', 'eval.py'):
         os.symlink(os.path.join(ROOT, folder), tmp_path / 'work' / folder)
-    run = subprocess.run([sys.executable, '-m', 'benches.experiment', str(file)], cwd=tmp_path / 'work', text=True,
-                         capture_output=True, env=os.environ | dict(PYTHONPATH=ROOT))
+    run = subprocess.run([sys.executable, '-m', 'benches.experiment', str(file), '--jobs=2', '--more=--momentum=0.8'],
+                         cwd=tmp_path / 'work', text=True, capture_output=True, env=os.environ | dict(PYTHONPATH=ROOT))
     assert run.returncode == 0, run.stderr
     with open(tmp_path / 'work' / 'results' / 'tiny.csv', newline='') as f:
-        row, = csv.DictReader(f)
+        row, other = sorted(csv.DictReader(f), key=lambda row: row['arm'], reverse=True)
+    assert row['train'].endswith('--attn=-SS --momentum=0.8') and other['train'].endswith('--attn=--- --momentum=0.8')
+    assert not other['AP without'] and other['parameters'] < row['parameters']
     assert int(row['steps']) == 2 and int(row['images']) == 16 and row['AP without'] and float(row['minutes']) > 0
