@@ -113,9 +113,10 @@ def test_training_figure():
 def test_figures_of_tables():
     text = ('detectors of scale l\na GPU; float16\n'
             'image | detector | how | attention ms | all ms\n1x1 | --- | by part | 0 | 4.0\n'
+            '1x1 | --- | fused |  | 3.6\n'
             '1x1 | -SS | by part | 0.5 | 5.0\n1x1 | -SS | fused |  | 4.6\n-> out/bench/latency_l.csv\n')
-    assert gpu.latency(text) == '--- 4.0 ms, attention 0 (0%); -SS 5.0 ms, attention 0.5 (10%)'
-    assert gpu.latency(text.replace('5.0', '5,000')).endswith('-SS 5,000 ms, attention 0.5 (0%)')
+    assert gpu.latency(text) == '--- 3.6 ms, attention 0% by part; -SS 4.6 ms, attention 10% by part'
+    assert gpu.latency(text.replace('4.6', '4,600')).endswith('-SS 4,600 ms, attention 10% by part')
     assert gpu.memory('MiB\ndetector | all | measured\n-SS | 1,642 | 1,700\n') == '-SS 1,642 MiB, measured 1,700'
 
 
