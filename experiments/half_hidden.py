@@ -18,7 +18,9 @@ arms = (('C convolutions', '--attn=-CC'),
         ('N native sparse', '--attn=-NN'),
         ('K kernel density', '--attn=-KK'),
         ('M Fourier', '--attn=-MM'),
-        ('T tokens only', '--attn=-TT'))
+        ('T tokens only', '--attn=-TT'),
+        ('S faster block', '--attn=-SS --lr_block=3'),
+        ('S learned', '--attn=-SS --select=learned'))
 seeds = (0, 1, 2, 3, 4)
 test = 'data/half_hidden_test/val.json'
 evaluate = '--occlusion=False'
