@@ -39,7 +39,7 @@ from configurator import InputError, build, configure
 from data import Augment, DetectionDataset, collate
 from loss import detection_loss, total_loss
 from model import HSVDET, HSVDETConfig, nms
-from optimizers import make_optimizers
+from optimizers import KINDS, make_optimizers
 from plots import draw_attention_cost
 from sparse_attention import SparseGlobalBlockGated
 
@@ -401,6 +401,8 @@ def input_shape():
 
 def make_training(name, num_classes):
     """Model, EMA model and optimizers, one kind for the whole network."""
+    if optimizer not in KINDS:
+        raise InputError(f'--optimizer={optimizer}: must be one of {" ".join(KINDS)}')
     model = make_model(name, num_classes).train()
     ema = copy.deepcopy(model).requires_grad_(False)
     model.checkpointing = checkpointing

@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from statistics import mean, stdev
 
+import torch
 from scipy.stats import ttest_rel
 
 from benches import costs
@@ -92,12 +93,15 @@ def train_and_evaluate(arm, of_arm, seed):
     with open(spent, encoding='utf-8') as f:
         cpu, clock = (sum(map(float, column)) / 60 for column in zip(*map(str.split, f), strict=True))
     weights, log = os.path.join(folder, 'ckpt.pt'), os.path.join(folder, 'eval.txt')        # best.pt may be of step 0
+    saved = torch.load(weights, weights_only=True, map_location='cpu')
+    last_step = min(saved['total_steps'], saved['config']['max_steps'] or saved['total_steps'])
+    if saved['step'] < last_step:                              # Ctrl-C and SIGTERM end train.py as the last step does
+        raise InputError(f'{arm}, seed {seed}: stopped at step {saved["step"]} of {last_step}; the same command '
+                         'goes on')
     arguments = [f'--weights={weights}', f'--data={test}', *shlex.split(evaluate)]
     figures = json.loads(run('eval.py', arguments, log)[0])
     for recall, bin in zip(FIGURES[7:11], figures.get('occlusion', {}).values(), strict=False):
         figures[recall] = bin['recall50']
-    import torch  # the rest of this file needs no tensors
-    saved = torch.load(weights, weights_only=True, map_location='cpu')
     if without and set(saved['model_config'].get('attn', '-')) - {'-'}:
         figures['AP without'] = json.loads(run('eval.py', [*arguments, f'--without={without}'], log)[0])['AP']
     with open(os.path.join(folder, 'train.txt'), encoding='utf-8') as f:

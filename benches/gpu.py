@@ -319,15 +319,16 @@ def run_step(step):
                 date=time.strftime('%Y-%m-%d'), command=shlex.join(['python', *step.command]))
 
 
-def add_what_is_missing(wanted, steps):
-    """The steps that make the pictures and the weights of the others join them, where their files are gone."""
-    makers = {'data': os.path.join(out_dir, 'data', 'train.json'), 'train': os.path.join(out_dir, 'train', 'best.pt')}
-    for step in reversed(steps):                                       # what makes a file is before what reads it
-        if step.name in makers and step.name not in wanted and not os.path.exists(makers[step.name]) and any(
-                f'{out_dir}/{step.name}' in argument for other in steps if other.name in wanted
+def what_they_lack(wanted, steps):
+    """Of the steps that make pictures or weights for others, the names of those whose file is gone: they run too."""
+    files = {'data': os.path.join(out_dir, 'data', 'train.json'), 'train': os.path.join(out_dir, 'train', 'best.pt')}
+    lacking = set()
+    for step in reversed(steps):                                       # what makes a file comes before what reads it
+        if step.name in files and step.name not in wanted and not os.path.exists(files[step.name]) and any(
+                f'{out_dir}/{step.name}' in argument for other in steps if other.name in wanted | lacking
                 for argument in other.command):
-            wanted.add(step.name)
-            yield step.name
+            lacking.add(step.name)
+    return lacking
 
 
 def log_of(name):
@@ -393,9 +394,9 @@ def main():
         known, command = rows.get(step.name), shlex.join(['python', *step.command])
         if known and succeeded(known) and (known['command'], known['machine']) == (command, machine) and not again:
             wanted.discard(step.name)
-    missing = list(add_what_is_missing(wanted, steps))
-    if missing:
-        print(f'{out_dir} lacks what {" and ".join(missing)} made: once more', flush=True)
+    if lacking := what_they_lack(wanted, steps):
+        print(f'{out_dir} lacks what {" and ".join(sorted(lacking))} made: once more', flush=True)
+        wanted |= lacking
     for step in steps:
         if step.name not in wanted:
             continue

@@ -1,4 +1,4 @@
-# The same on cherries (640x640 crops of trees, one class, at 320 px; COCO json below data/cherries).
+# own_cells.py with cherries (640x640 crops of trees, one class, at 320 px; COCO json below data/cherries).
 #   python bench.py experiment experiments/own_cherries.py
 exec(open('experiments/own_cells.py').read())
 name = 'own_cherries'

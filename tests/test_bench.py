@@ -9,8 +9,9 @@ from PIL import Image
 
 from attention import HELP
 from benches import costs
-from configurator import configure
+from configurator import InputError, configure
 from model import HSVDET, HSVDETConfig, layer_table
+from optimizers import Muon
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -144,14 +145,23 @@ def test_nms(tiny):
     assert few['candidates'] == '30' and 1 <= int(few['kept']) < int(many['kept']) <= 300
 
 
-@pytest.mark.parametrize('arch', ['hsvdet', 'rtdetr'])
-def test_train(four_images, tiny, arch):
-    tiny(arch=arch)
+@pytest.mark.parametrize('arch, optimizer', [('hsvdet', 'adamw'), ('hsvdet', 'muon'), ('rtdetr', 'adamw')])
+def test_train(four_images, tiny, arch, optimizer, monkeypatch):
+    tiny(arch=arch, optimizer=optimizer)
+    steps, step = [], Muon.step
+    monkeypatch.setattr(Muon, 'step', lambda self: steps.append(1) or step(self))
     costs.bench_train()
+    assert bool(steps) == (optimizer == 'muon')
     rows = rows_of('train')
     loss = ['assign + loss'] if arch == 'hsvdet' else []                              # else it is in the forward pass
     assert [r['part'] for r in rows[:-1]] == ['load', 'forward', *loss, 'backward', 'optimizer + EMA']
     assert sum(float(r['ms']) for r in rows[:-1]) == pytest.approx(float(rows[-1]['ms']))
+
+
+def test_train_with_an_unknown_optimizer(four_images, tiny):
+    tiny(optimizer='adam')
+    with pytest.raises(InputError, match='--optimizer=adam: must be one of adamw sgd muon'):
+        costs.bench_train()
 
 
 def test_memory(tiny):

@@ -6,6 +6,7 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from benches import experiment
 from configurator import InputError
@@ -67,6 +68,25 @@ def test_several_runs_at_a_time(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, 'jobs', 0)
     with pytest.raises(InputError, match='--jobs=0: must be at least 1'):
         experiment.main()
+
+
+def test_a_run_that_was_stopped_is_no_row(monkeypatch, tmp_path):
+    """train.py ends with 0 after Ctrl-C, too: its half-trained weights must not be evaluated."""
+    monkeypatch.chdir(tmp_path)
+    ran, config = [], {}
+
+    def run(script, arguments, log):
+        ran.append(script)
+        torch.save(dict(step=7, total_steps=20, config=config), os.path.join(os.path.dirname(log), 'ckpt.pt'))
+        return '{}', 1.0, 1.0
+
+    for key, value in dict(name='e', train='x.py', test='t.json', run=run).items():
+        monkeypatch.setattr(experiment, key, value)
+    for max_steps, last in ((0, 20), (9, 9)):
+        config['max_steps'] = max_steps
+        with pytest.raises(InputError, match=f'a, seed 0: stopped at step 7 of {last}; the same command goes on'):
+            experiment.train_and_evaluate('a', '', 0)
+    assert ran == ['train.py'] * 2
 
 
 @pytest.mark.slow
