@@ -7,14 +7,14 @@ level or frame that the queries may attend to as well. (T and P, which select to
 does.) `Gated` adds the residual and the gate, the same for every letter. HELP says in a line what each letter is and
 what it costs; make_block builds one.
 
-Each class has forward_reference, its definition with the same weights: dense, masked, as slow as it reads. forward is
-the fast path, and tests/test_attention.py compares the two in float64. Logits, softmax and sums are float32 under
-autocast, the linear maps around them are not. Queries and keys are layer-normed, as in S. All of them export to ONNX,
-with free image sizes too.
+Each letter's class has forward_reference (C needs none), its definition with the same weights: dense, masked, as slow
+as it reads. forward is the fast path, and tests/test_attention.py compares the two in float64. Logits, softmax and sums
+are float32 under autocast, the linear maps around them are not. Queries and keys are layer-normed, as in S. All of them
+export to ONNX, with free image sizes too.
 
 P alone has what published attention blocks add and the others lack (RT-DETR's AIFI; PSA of YOLOv10, 2405.14458; area
 attention of YOLOv12, 2502.12524): narrow heads, a depthwise convolution for positions, a feed-forward layer, and last
-maps that start at zero instead of a gate. The other letters differ in attention only.
+maps that start at zero instead of a gate.
 
 Papers: windows with a halo, HaloNet, Vaswani et al. 2021 (2103.12731); latent attention, DeepSeek-V2, 2024
 (2405.04434); native sparse attention, Yuan et al. 2025 (2502.11089); kernel density, Epanechnikov 1969; attention as
@@ -49,14 +49,14 @@ HELP = {  # letter: what it is, FLOPs per token (two per multiply-add; c channel
     'S': 'sparse global: the k most salient tokens see each other; 2c^2 + (4kc^2 + 4k^2 c) / N',
     'F': 'full: every token sees every token; 6c^2 + 4Nc',
     'D': "S's dense path alone, nobody attends (the control); 2c^2",
-    'C': 'two 3x3 convolutions with as many parameters as S, no attention (a control of equal cost); 8c^2',
+    'C': 'two 3x3 convolutions with as many parameters as S, no attention (a control of equal size); 8c^2',
     'W': 'sliding window: every token sees the 9x9 cells around it; 8c^2 + 1024c',
     'L': 'latent (MLA): full, keys and values in c/4 channels; 1.5c^2 + Nc with one head',
     'N': 'native sparse: means of all tiles + the 4 best tiles + a 9x9 window; 8c^2 + 6c + 4c(N/64 + 512)',
     'K': 'kernel density: tokens within a bandwidth of the query, all others weigh 0; 8c^2 + 4Nc (or --kernel=linear)',
     'M': 'Fourier mixing (FNet): a fixed transform without weights; about 5c log2(Nc), no matrix products',
     'T': 'tokens only: the k selected tokens attend and change, all others stay; (8kc^2 + 4k^2 c) / N',
-    'P': 'a published layer on the k selected tokens: T, narrow heads, 7x7 places, MLP; (16kc^2 + 4k^2 c) / N + 98c',
+    'P': 'a published layer on the k selected tokens: T, narrow heads, 7x7 positions, MLP; (16kc^2 + 4k^2 c) / N + 98c',
 }
 printed = set()
 
@@ -416,7 +416,7 @@ class FourierMixing(nn.Module):
 class TokensOnly(SparseGlobalBlock):
     """
     S without its dense path: y is out(A v) at the selected tokens and 0 elsewhere. Selection, weights and settings are
-    S's; a learned score scales what its token receives. merge_projections is not for this one.
+    S's; a learned score scales what its token receives. fuse is not for this one.
 
     FLOPs: 8kc^2 + 4k^2 c, whatever the image size: 1.6 G at P4 of 1080p (S: 5.4 G). The selection reads the map once.
     """
@@ -473,8 +473,8 @@ class TokensOnly(SparseGlobalBlock):
 class PublishedLayer(TokensOnly):
     """
     T with what published attention blocks have besides attention: heads of 32 channels, a 7x7 depthwise convolution
-    that tells each cell its surroundings, thus its place, a feed-forward layer of twice the width, and residuals. The
-    last maps of all three start at zero, so that the block starts as the identity and needs no gate.
+    that tells each cell its surroundings, thus its position, a feed-forward layer of twice the width, and residuals.
+    The last maps of all three start at zero, so that the block starts as the identity and needs no gate.
 
     FLOPs: 16kc^2 + 4k^2 c for the tokens, 98 N c for the convolution.
     """
@@ -510,7 +510,7 @@ class PublishedLayer(TokensOnly):
 
 # --- C: convolutions -------------------------------------------------------------------------------------------------
 
-class Bottleneck(nn.Module):
+class ConvolutionControl(nn.Module):
     """
     What else the parameters of S could be: one more bottleneck of two 3x3 convolutions, through 2c / 9 channels. It has
     S's 4c^2 parameters and 8c^2 FLOPs per token, more than S, so a gain of S over C is due to attention, not to size.
@@ -564,7 +564,7 @@ def make_block(letter, c, cfg):
     if letter in ATTENTION:
         return Gated(ATTENTION[letter](c, cfg), 'none' if letter == 'P' else cfg.gate)
     if letter == 'C':
-        return Gated(Bottleneck(c), cfg.gate)
+        return Gated(ConvolutionControl(c), cfg.gate)
     if letter == '-':
         return None
     k, select = {'S': (cfg.k, cfg.select), 'F': (0, 'l2sq'), 'D': (0, 'none')}[letter]

@@ -44,7 +44,7 @@ PAD_VALUE = 114                                                      # grey, fil
 
 @dataclass
 class Augment:
-    """Strengths of the augmentation: settings of train.py and bench.py. One more is a line here, one in __getitem__."""
+    """Strengths of the augmentation: settings of train.py and bench.py. One more is a line here, one in `augmented`."""
     mosaic: float = 1.0                                              # probability of four images in one
     mixup: float = 0.0                                             # probability of a second scene laid over the first
     mosaic_block: int = 0           # Mosaic's other images come from n neighbours in the epoch's order, which a cache
@@ -84,7 +84,7 @@ def load_image(path, size=None, shrink=1):
                                  f'{size[0]}x{size[1]}: '
                                  'put the original image back, or correct width and height')
             as_stored = turned and size is not None and tuple(size) == image.size
-            image.draft(None, (image.width // shrink, image.height // shrink))
+            image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()                                             # only now are the pixels read
             if image.format != 'PNG' and not as_stored:
                 image = ImageOps.exif_transpose(image)
@@ -296,7 +296,7 @@ class DetectionDataset:
     augment   None: letterboxed, as evaluation sees it; or an Augment
     cache_mb  memory for decoded images, shared out among the workers of a loader; it changes no bit of any sample
     names     class names in the order wanted (a validation set takes the training set's); default: as in the file
-    no_aug_epoch  from this epoch on Mosaic and MixUp rest; None: never
+    no_aug_epoch  from this epoch on, which may be a fraction, Mosaic and MixUp rest; None: never
     frames    earlier frames that come with each image, augmented alike: samples are clips (frames + 1, 3, H, W), oldest
               first, of whose last frame the boxes are. Files of a clip are numbered through, as ffmpeg's %06d.jpg; not
               all of them need labels. Where a clip starts its first frame is repeated
@@ -345,13 +345,14 @@ class DetectionDataset:
         Image i, or the one `back` frames before it, as (3, h, w) uint8, at 1/shrink. None if it cannot be used, which
         is said once; an earlier frame that cannot be used is one as grey as padding.
         """
-        file = self.clip_files(i)[-1 - back]
-        if file in self.cache:
-            self.cache.move_to_end(file)
-            return self.cache[file]
-        if i in self.broken:
+        if i in self.broken or back and self.read(i) is None:        # without its last frame a clip is of no use
             return None
+        file = self.clip_files(i)[-1 - back]
         (w, h), shrink = self.sizes[i].tolist(), int(self.shrink[i])
+        key = file, w, h, shrink                                     # clips of other sizes may share a frame
+        if key in self.cache:
+            self.cache.move_to_end(key)
+            return self.cache[key]
         try:
             image = to_tensor(load_image(file, (w, h), shrink))
         except InputError as e:
@@ -369,14 +370,14 @@ class DetectionDataset:
         worker = torch.utils.data.get_worker_info()
         budget = self.cache_mb * 2**20 // (worker.num_workers if worker else 1)
         if image.numel() <= budget:
-            self.cache[file] = image
+            self.cache[key] = image
             self.cached_bytes += image.numel()
             while self.cached_bytes > budget:                        # out goes what was unused for longest
                 self.cached_bytes -= self.cache.popitem(last=False)[1].numel()
         return image
 
     def order(self, epoch):
-        """The order (n,) in which to visit the set in this epoch; see `block`."""
+        """The order (n,) in which to visit the set in this epoch."""
         return np.random.default_rng((self.seed, epoch)).permutation(len(self))
 
     def mosaic_indices(self, epoch, index, count, rng):
@@ -414,11 +415,10 @@ class DetectionDataset:
             pictures = [pictures[i] for i in rng.permutation(4)]
         return compose_mosaic(pictures, rng, self.shape, self.augment.scale_aug, self.augment.translate)
 
-    def augmented(self, epoch, index, back=0):
-        """The whole recipe, in its order. It draws the same numbers for every frame of a clip."""
+    def augmented(self, epoch, index, late=False, back=0):
+        """The whole recipe, in its order, the same numbers for every frame of a clip. late: no Mosaic and MixUp."""
         rng = np.random.default_rng((self.seed, epoch, index))
         a = self.augment
-        late = self.no_aug_epoch is not None and epoch >= self.no_aug_epoch
         mosaic, mixed = (0.0, 0.0) if late else (a.mosaic, a.mixup)
         while (image := self.read(index)) is None:                   # the next readable image stands in
             index = (index + 1) % len(self)
@@ -437,12 +437,13 @@ class DetectionDataset:
         return index, *sample
 
     def __getitem__(self, key):
-        """key: (epoch, index), or an index, which is of epoch 0."""
-        epoch, index = map(int, key if isinstance(key, tuple) else (0, key))
+        """key: (epoch, index), or an index alone, of epoch 0. Of the epoch's fraction only no_aug_epoch depends."""
+        when, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index, late = int(when), int(index), self.no_aug_epoch is not None and when >= self.no_aug_epoch
         if self.augment is None:
             views = [(index, *self.letterboxed(index, back)) for back in range(self.frames, -1, -1)]
         else:
-            views = [self.augmented(epoch, index, back) for back in range(self.frames, -1, -1)]
+            views = [self.augmented(epoch, index, late, back) for back in range(self.frames, -1, -1)]
         index, image, boxes, labels = views[-1]
         if self.frames:
             image = torch.stack([view[1] for view in views])                          # (frames + 1, 3, H, W)
@@ -499,7 +500,8 @@ def describe(data, imgsz):
         median = np.median(sides * np.repeat(side / data.sizes.max(1), counts))       # in pixels of the network's input
         advice = 'fine' if median >= 16 else 'small: a larger imgsz will help' if median >= 8 else \
             'below what the stride of 8 px can tell apart: use a larger imgsz, or cut the images into tiles'
-        yield f'{f"at {side} px":<10} the median object is {median:.0f} px wide, {advice} (train.py --imgsz={side})'
+        yield (f'{f"at {side} px":<10} the median object is {median:.0f} px, the root of its area, {advice} '
+               f'(train.py --imgsz={side})')
     yield 'crowding   ' + ', '.join(f'{(overlap > t).mean():.1%} overlap another by IoU > {t}' for t in (0.1, 0.3, 0.5))
 
 
@@ -534,7 +536,6 @@ def split_command(source, share, group, seed):
 
 
 if __name__ == '__main__':
-    what, source = '', ''                                            # python data.py check PATH | split PATH
     images = ''                                                # check: folder of the images, '' looks beside the json
     imgsz: int | tuple = (320, 640)               # check: pixels, the inputs at which object sizes are judged; 320 is
     #                                                  config/finetune_own.py's

@@ -78,6 +78,8 @@ def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, 
         device = next((str(p.device) for p in model.parameters()), 'cpu')             # an ONNX model has no parameters
     shape, groups = input_shape(model, imgsz), collections.defaultdict(list)
     for i, image in enumerate(images):
+        if isinstance(image, Image.Image):
+            image = image.convert('RGB')
         size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
         given = model.fixed_imgsz or isinstance(imgsz, tuple)
         group = shape if given else rect_shape([size], max(shape), pad=0)
@@ -252,7 +254,8 @@ def draw_detections(image, rows, names):
 
 def detect_files(model, files, names, add, **settings):
     """Images, saved as out_dir/names[i] as the settings say; add: json_list's -> number of objects, and of failures."""
-    ids = [int(name) for name in names] if all(name.isdecimal() for name in names) else range(1, len(files) + 1)
+    ids = [int(name) for name in names] if all(name.isdecimal() for name in names) else []
+    ids = ids if len(set(ids)) == len(files) else range(1, len(files) + 1)                # 1.jpg and 01.jpg
     objects, unreadable, done, start = 0, 0, 0, time.perf_counter()
     for batch in read_batches(files):
         for _, error in batch:

@@ -41,6 +41,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -305,7 +306,13 @@ def load(dataset, row, shape, longest, antialias):
     files, size = dataset.clip_files(row), tuple(dataset.sizes[row])
     clip = (len(files),) if dataset.frames else ()
     try:
-        frames = [prepare(load_image(file, size), shape, longest, antialias) for file in files]
+        images = [load_image(files[-1], size)]
+        for file in files[-2::-1]:                                   # an earlier frame that cannot be used is grey
+            try:
+                images.insert(0, load_image(file, size))
+            except InputError:
+                images.insert(0, Image.new('RGB', size, (PAD_VALUE,) * 3))
+        frames = [prepare(image, shape, longest, antialias) for image in images]
         canvas = np.stack([frame for frame, _, _ in frames])                          # (F, H, W, 3)
         return row, canvas.reshape(*clip, *canvas.shape[1:]), *frames[-1][1:], time.perf_counter() - start, None
     except InputError as e:
@@ -638,6 +645,15 @@ def main():
     if not data:
         raise InputError('no ground truth given: add --data=path/val.json, or a YOLO folder')
     ious = nms_iou if isinstance(nms_iou, tuple) and not from_json else (nms_iou,)
+    for ok, sentence in ((batch_size > 0, f'--batch_size={batch_size}: must be above 0'),
+                         (ious, '--nms_iou=(): give one threshold, or several')):
+        if not ok:
+            raise InputError(sentence)
+    folder = out_dir or ('out/eval' if plots else '')
+    try:                                                             # before an hour of evaluation, not after it
+        os.makedirs(folder or '.', exist_ok=True)
+    except OSError as e:
+        raise InputError(f'--out_dir={folder} cannot be written ({e.strerror}): name another') from None
     settings = dict(imgsz=imgsz, batch_size=batch_size, rect=rect, conf=conf, ious=ious, max_det=max_det, dtype=dtype,
                     device=device, antialias=antialias)
     model = dataset = clock = None
@@ -672,23 +688,23 @@ def main():
     show('best F1, IoU 0.5', {'all classes': summary['best_f1']})
     summary['duplicates'] = duplicates(coco_gt, table)
     print(f'\nduplicates: {summary["duplicates"]:.3f} per object at score 0.25')
-    folder = out_dir or ('out/eval' if plots else '')
     if folder:
-        os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, 'detections.json'), 'w', encoding='utf-8') as f:
             json.dump([dict(image_id=int(image), category_id=int(category), bbox=[round(v, 3) for v in box],
                             score=round(score, 6)) for image, *box, score, category in table.tolist()], f)
-    if plots or report:
-        from report import draw_plots, make_page  # here, as it imports this file
-    if plots:
-        draw_plots(E, coco_gt, table, folder)
-    if report:
-        with contextlib.suppress(InputError):                        # images that are elsewhere: then no pictures
-            dataset = dataset or DetectionDataset(data, images=images)
-        folder = folder or os.path.dirname(from_json or weights)
-        make_page(folder, data, coco_gt, E, table, summary, dataset, model, weights, clock,
-                  settings | dict(ious=(ious[best],)))
-    print(json.dumps(summary))
+    try:
+        if plots or report:
+            from report import draw_plots, make_page  # here, as it imports this file
+        if plots:
+            draw_plots(E, coco_gt, table, folder)
+        if report:
+            with contextlib.suppress(InputError):                    # images that are elsewhere: then no pictures
+                dataset = dataset or DetectionDataset(data, images=images)
+            folder = folder or os.path.dirname(from_json or weights)
+            make_page(folder, data, coco_gt, E, table, summary, dataset, model, weights, clock,
+                      settings | dict(ious=(ious[best],)))
+    finally:                                                         # the figures are not lost with a picture
+        print(json.dumps(summary))
 
 
 if __name__ == '__main__':

@@ -118,14 +118,24 @@ def list_folder(folder):
 
 
 def walk_files(folder, suffixes):
-    """All files with these suffixes in a folder and the folders below it, sorted."""
-    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder)
-                  for name in names if name.lower().endswith(suffixes))
+    """All files with these suffixes in a folder and the folders below it, links to folders included, sorted."""
+    found, seen = [], set()
+    for where, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:                                               # a link to a folder above it would never end
+            below.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(where, name) for name in names if name.lower().endswith(suffixes)]
+    return sorted(found)
 
 
 def upright_size(image):
-    """(w, h) of an opened PIL image with its EXIF orientation applied. (Asking a PNG for EXIF would decode it.)"""
-    sideways = image.format != 'PNG' and image.getexif().get(0x0112) in (5, 6, 7, 8)
+    """
+    (w, h) of an opened PIL image with its EXIF orientation applied. (Asking a PNG for EXIF would decode it; of a TIFF
+    Pillow gives the upright size and pixels by itself.)
+    """
+    sideways = image.format not in ('PNG', 'TIFF') and image.getexif().get(0x0112) in (5, 6, 7, 8)
     return image.size[::-1] if sideways else image.size
 
 
@@ -247,7 +257,10 @@ def read_coco(path):
 def ground_truth(data):
     """A COCO dict -> the part of it that pycocotools can evaluate, crowds included; its annotations change in place."""
     images = {entry['id'] for entry in data['images']}
-    names = unique_names((c['id'], c['name']) for c in data['categories'])
+    listed = {}
+    for c in data['categories']:                                       # of two entries of one id the first counts
+        listed.setdefault(c['id'], c)
+    names = unique_names(sorted((id_, c['name']) for id_, c in listed.items()))
     annotations = [a for a in data['annotations'] if isinstance(a, dict) and coco_bbox(a)
                    and is_id(a.get('image_id'), images) and is_id(a.get('category_id'), names)]
     # pycocotools never counts an object of id 0 as found, nor two of one id apart
@@ -255,11 +268,12 @@ def ground_truth(data):
     renumber = not all(type(i) is int and 0 < i < MAX_ID for i in ids) or len(set(ids)) < len(ids)
     for number, a in enumerate(annotations, 1):
         a['iscrowd'] = int(is_crowd(a))
-        if type(a.get('area')) not in (int, float) or not parse_floats([a['area']]):
+        area = a.get('area')                                           # pycocotools ignores objects of a negative one
+        if type(area) not in (int, float) or not parse_floats([area]) or area < 0:
             a['area'] = a['bbox'][2] * a['bbox'][3]
         if renumber:
             a['id'] = number
-    categories = [dict(c, name=names[c['id']]) for c in data['categories']]
+    categories = [dict(c, name=names[id_]) for id_, c in listed.items()]
     return dict(data, annotations=annotations, categories=categories, info=data.get('info', {}))
 
 
@@ -387,8 +401,8 @@ def yaml_files(path, split, keys):
 
 def names_nearby(table, folder):
     """[(number, name)] from classes.txt, names.txt or a data yaml, in the folder or up to two folders above it."""
+    start = folder = os.path.abspath(folder)
     for _ in range(3):
-        folder = os.path.abspath(folder)
         for path in (os.path.join(folder, name) for name in list_folder(folder)):
             if os.path.basename(path) in ('classes.txt', 'names.txt'):
                 return list(enumerate(line.strip() for line in read_text(path, 'replace').split('\n') if line.strip()))
@@ -399,6 +413,8 @@ def names_nearby(table, folder):
                 table.record_issue('yaml unreadable', f'{e}, passed over')
                 continue
             if keys.get('names') and ('train' in keys or 'nc' in keys):
+                if folder != start:
+                    table.record_issue('class names of a file further up', f'{path}, for {start}')
                 return keys['names']
         folder = os.path.dirname(folder)
     return []

@@ -6,9 +6,9 @@ What the network is trained on: boxes compared (IoU, GIoU, CIoU), objects assign
     dfl   two-bin cross entropy   between the 16-bin side distributions and the sides  x 1.5
 
 Every point has one job: it is background, or it answers for exactly one object. `assign` decides which, anew at every
-step, from what the network says itself: the ten points inside an object's box that already describe it best (class
-score and overlap) are the ones taught to describe it better, and the soft class target tells each how good it is
-among them.
+step, from what the network says itself: of the points inside an object's box up to ten that already describe it best
+(class score and overlap) are the ones taught to describe it better, and the soft class target ranks them. A point is
+the centre of a cell of the maps P3, P4 and P5, which are 1/8, 1/16 and 1/32 of the image's size.
 
 Boxes are xyxy in pixels of the network input everywhere. Nothing here imports anything of ours.
 
@@ -146,12 +146,12 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
         key = (iou.float().view(torch.int32).long() << 32) + (G - 1 - first - o)
         best.scatter_reduce_(0, at, key, 'amax')
 
-    # 2) a point claimed by several goes to the object with the highest IoU among all that contain it
+    # 2) a point claimed by several goes to the object with the highest CIoU among all that contain it
     gt_idx = torch.where(num_claims > 1, G - 1 - (best & 0xffffffff), claiming_gt)    # (B * A,) into the list of G
     foreground = num_claims > 0                                                       # (B * A,) elsewhere gt_idx is 0
     assigned_gt_idx = slot[gt_idx].masked_fill(~foreground, -1).view(B, A)
 
-    # 3) soft targets: an object's best point gets its IoU as target, the others in proportion to their alignment metric
+    # 3) soft targets: alignment metrics, scaled per object so that its largest becomes its points' highest CIoU
     rows = torch.arange(B * A, device=scores.device)
     iou = ciou(box[gt_idx], boxes).clamp_(min=0).masked_fill_(~foreground, 0)          # (B * A,)
     alignment_metric = scores[rows, label[gt_idx]] ** alpha * iou ** beta

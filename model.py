@@ -6,10 +6,10 @@ model.
     python model.py --scale=n --imgsz=640 --attn=---   any other
 
 `HSVDET(HSVDETConfig())(images, targets)` returns raw maps and losses; `detect(images)` is what `generate` is to a
-language model. Input sides must divide by 32 (1,080 rows do not: layer 16 would join 136 rows with 135).
+language model. Input sides must be multiples of 32 (1,080 rows do not: layer 16 would join 136 rows with 135).
 
 A detector, here and in baselines/, is `forward(images, targets=None) -> raw, losses` and `postprocess(raw, ...) ->`
-a list of (n, 6); train, eval, detect and export ask for nothing else, so that a second architecture fits.
+a list of (n, 6); what else train, eval, detect and export ask for is what baselines/detr.py's DETR has.
 
 With attn='---' this is YOLOv8 layer for layer, and `from_pretrained` reads its published checkpoints. What YOLOv8 is we
 know from papers, tables and the arrays under tests/reference, to which tests/test_model.py holds this file equal.
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import HELP, make_block, selecting
 from checkpoint import fill, read_weights
 from configurator import InputError, build, configure
-from loss import decode_boxes, detection_loss, flatten_maps, make_anchor_points
+from loss import box_iou, decode_boxes, detection_loss, flatten_maps, make_anchor_points
 from sparse_attention import sincos_2d, stable_topk
 
 SCALES = {                                                           # depth, width, largest channel count before width
@@ -142,7 +142,10 @@ class Bottleneck(nn.Module):
 
 
 class C2f(nn.Module):
-    """Half of the channels pass by, half go through n bottlenecks; all n + 2 pieces are joined at the end."""
+    """
+    A cross-stage partial block: half of the channels pass by, half go through n bottlenecks; all n + 2 pieces are
+    joined at the end.
+    """
 
     def __init__(self, c_in, c_out, n, shortcut):
         super().__init__()
@@ -159,7 +162,7 @@ class C2f(nn.Module):
 
 
 class SPPF(nn.Module):
-    """Three 5x5 max pools in a row see 5, 9 and 13 cells; joined with their input."""
+    """Spatial pyramid pooling: three 5x5 max pools in a row see 5, 9 and 13 cells; joined with their input."""
 
     def __init__(self, c_in, c_out, kernel=5):
         super().__init__()
@@ -196,7 +199,7 @@ class Detect(nn.Module):
         c_box, c_cls = max(channels[0] // 4, 64), max(channels[0], min(K, 100))
         self.box = nn.ModuleList(head_branch(c, c_box, 64) for c in channels)
         self.cls = nn.ModuleList(head_branch(c, c_cls, K) for c in channels)
-        # 0..15: what a bin stands for. It never trains; a parameter because the published counts include these 16
+        # 0..15: what a bin stands for. Nothing reads it; a parameter because the published counts include these 16
         self.bins = nn.Parameter(torch.arange(16.0), requires_grad=False)
         for stride, box, cls in zip((8, 16, 32), self.box, self.cls, strict=True):
             nn.init.constant_(box[-1].bias, 1.0)
@@ -222,16 +225,12 @@ def nms(boxes, scores, labels, iou_threshold, max_det=300):
     """
     order = scores.argsort(descending=True, stable=True)
     boxes, labels = boxes[order].float(), labels[order]
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     kept = order.new_zeros(0)                                                         # positions in the sorted list
     block, first = 256, 0
 
     def suppresses(a, b):
-        """(len(a), len(b)): does box a suppress box b? inter / union > t, written without a division."""
-        lt = torch.maximum(boxes[a, None, :2], boxes[None, b, :2])                    # (len(a), len(b), 2)
-        rb = torch.minimum(boxes[a, None, 2:], boxes[None, b, 2:])                    # (len(a), len(b), 2)
-        inter = (rb - lt).clamp_(min=0).prod(2)
-        return (inter > iou_threshold * (area[a, None] + area[None, b] - inter)) & (labels[a, None] == labels[None, b])
+        """(len(a), len(b)): does box a suppress box b?"""
+        return (box_iou(boxes[a], boxes[b]) > iou_threshold) & (labels[a, None] == labels[b])
 
     while first < len(order) and len(kept) < max_det:
         new = torch.arange(first, min(first + block, len(order)), device=boxes.device)
@@ -447,6 +446,9 @@ class HSVDET(nn.Module):
         blocks = dict(p3=self.block3, p4=self.block4, p5=self.block5)
         return {level: block for level, block in blocks.items() if block is not None}
 
+    def run(self, layer, *x):
+        return (recompute if self.checkpointing and self.training else call)(layer, *x)
+
     def attend(self, block, x, offered=(), count=None):
         """
         One block, if it is there, on x (B, C, H, W) -> its output, and what it selected: Taken, or None. offered: pairs
@@ -487,7 +489,8 @@ class HSVDET(nn.Module):
         k, N = mixer.k, scores[0].shape[1]
         winners = stable_topk(torch.cat(scores, 1).float(), torch.sym_min(k, N + scores[1].shape[1]))  # (B, k4 + k5)
         n4 = (winners < N).sum(1)
-        return n4.clamp(min=1), (winners.shape[1] - n4).clamp(min=1)
+        n4 = n4.clamp(1, winners.shape[1] - 1)
+        return n4, winners.shape[1] - n4
 
     def top_down(self, images, state=None):
         """
@@ -500,14 +503,16 @@ class HSVDET(nn.Module):
         if torch.compiler.is_exporting() and 'time' in self.cfg.memory:
             raise InputError('memory=time carries a state from frame to frame, which no exported file holds: run the '
                              'checkpoint itself, or train without memory=time')
-        run = recompute if self.checkpointing and self.training else call
-        p3, p4, p5 = self.backbone(images, run)
-        state = state or dict(p4=[], p5=[])
+
+        def earlier(code, level):
+            return code((state or {}).get(level, ())) if code else []
+
+        p3, p4, p5 = self.backbone(images, self.run)
         n4_count, n5_count = self.joint_counts(p4, p5) if self.cfg.keep == 'joint' else (None, None)
-        p5, taken5 = self.attend(self.block5, p5, self.block5_time(state['p5']) if self.block5_time else [], n5_count)
+        p5, taken5 = self.attend(self.block5, p5, earlier(self.block5_time, 'p5'), n5_count)
         # top-down: the deep maps know what things are and tell the shallow ones, which know where they are
-        n4 = run(self.fpn4, self.cat4(self.up4(p5), p4))
-        offered = self.block4_time(state['p4']) if self.block4_time else []
+        n4 = self.run(self.fpn4, self.cat4(self.up4(p5), p4))
+        offered = earlier(self.block4_time, 'p4')
         if self.block4_scale is not None and taken5 is not None:                     # None: block5 was taken out
             offered.append((self.block4_scale(taken5.tokens), taken5.kept))
         n4, taken4 = self.attend(self.block4, n4, offered, n4_count)
@@ -515,14 +520,13 @@ class HSVDET(nn.Module):
 
     def features(self, images, state=None):
         """images (B, 3, H, W) in 0..1 -> the three maps that the head sees, strides 8, 16, 32, and top_down's Taken."""
-        run = recompute if self.checkpointing and self.training else call
         (p3, n4, p5), taken = self.top_down(images, state)
-        n3 = run(self.fpn3, self.cat3(self.up3(n4), p3))
+        n3 = self.run(self.fpn3, self.cat3(self.up3(n4), p3))
         if self.block3 is not None:
             n3 = self.block3(n3)
         # bottom-up: and back again
-        m4 = run(self.pan4, self.pan_cat4(run(self.pan_down4, n3), n4))
-        m5 = run(self.pan5, self.pan_cat5(run(self.pan_down5, m4), p5))
+        m4 = self.run(self.pan4, self.pan_cat4(self.run(self.pan_down4, n3), n4))
+        m5 = self.run(self.pan5, self.pan_cat5(self.run(self.pan_down5, m4), p5))
         return (n3, m4, m5), taken
 
     def forward_features(self, images):
@@ -536,9 +540,7 @@ class HSVDET(nn.Module):
 
     def advance(self, state, taken):
         """The state before a frame (None at the start) and what the blocks took in it -> the state after it."""
-        state = state or dict(p4=[], p5=[])
-        return {level: [*([taken[level]] if level in taken else []), *earlier][:self.cfg.frames]
-                for level, earlier in state.items()}
+        return {level: [now, *(state or {}).get(level, ())][:self.cfg.frames] for level, now in taken.items()}
 
     def forward_frame(self, images, state=None):
         """
@@ -563,15 +565,14 @@ class HSVDET(nn.Module):
         H, W = images.shape[-2:]
         assert H % 32 == 0 and W % 32 == 0, f'image sides must be multiples of 32, got {H}x{W}'
         features = self.forward_features(images)
-        run = recompute if self.checkpointing and self.training else call
         if targets is None:
-            return run(self.answering_head(), *features), {}
-        maps = run(self.detect_head, *features)
+            return self.run(self.answering_head(), *features), {}
+        maps = self.run(self.detect_head, *features)
         with torch.autocast(images.device.type, enabled=False):
             losses = dict(one2many=detection_loss(maps, targets))
         if self.one2one_head is not None:
             # it learns from the same features without shaping them, and one point alone answers for each object
-            single = run(self.one2one_head, *(f.detach() for f in features))
+            single = self.run(self.one2one_head, *(f.detach() for f in features))
             with torch.autocast(images.device.type, enabled=False):
                 losses['one2one'] = detection_loss(single, targets, topk=1)
         return maps, losses
@@ -593,12 +594,13 @@ class HSVDET(nn.Module):
     @torch.no_grad()
     def detect(self, images, **settings):
         """images (B, 3, H, W) in 0..1 -> detections; settings and result of postprocess. The training mode is kept."""
-        was_training = self.training
+        modes = {module: module.training for module in self.modules()}                # a frozen part may differ
         self.eval()
         try:
             return self.postprocess(self(images)[0], **settings)
         finally:
-            self.train(was_training)
+            for module, training in modes.items():
+                module.training = training
 
     def fuse(self):
         """Inference form, in place: BatchNorm folded into convolutions, the blocks' weight products computed once."""

@@ -114,9 +114,9 @@ def from_library(kind, groups, lr, momentum):
 
 def make_optimizers(groups, kinds, lr, momentum, beta2):
     """
-    kinds: dict part -> one of KINDS. Only AdamW and SGD move vectors and scalars, which have no structure that another
-    could use: AdamW does it for the others. momentum: of SGD (Nesterov) and Muon, the first beta of all others; beta2:
-    of AdamW. One optimizer per kind; a group's 'factor' is its share of the lr.
+    kinds: dict part -> one of KINDS. Only AdamW and SGD move vectors and scalars; for the other kinds AdamW does.
+    momentum: of SGD (Nesterov) and Muon, the first beta of all others; beta2: of AdamW. One optimizer per kind; a
+    group's 'factor' is its share of the lr.
     """
     make = dict(adamw=lambda some: torch.optim.AdamW(some, lr, (momentum, beta2), fused=True),
                 sgd=lambda some: torch.optim.SGD(some, lr, momentum, nesterov=momentum > 0),

@@ -4,9 +4,10 @@ drawings.
 
     python plots.py network                                                -> .github/network.png
     python plots.py block                                                  -> .github/block.png
-    python plots.py long_range --results=out/results.csv                   -> .github/long_range.png
+    python plots.py long_range --results=results/half_hidden.csv --labels=data/half_hidden/train.json
+                                                                           -> .github/long_range.png
 
-results.csv has the columns setting, seed, AP50; the strip above the bars is the first image of --labels.
+The results are rows of `bench.py experiment`; the strip above the bars is the first image of --labels.
 
 Images are drawn with Pillow, all else with matplotlib, which is imported when first needed and may be missing: curves
 are then left out with a printed line, what was asked for by name raises InputError. A leaf: of ours it imports the
@@ -29,7 +30,7 @@ from configurator import InputError, configure
 # settings
 picture = ''                                     # network, block or long_range
 out = ''                                         # file to write; '' is .github/PICTURE.png
-results = ''                                     # long_range: csv with the columns setting, seed, AP50
+results = ''                                     # long_range: csv with the columns arm, seed, AP
 labels = 'data/long_range/train.json'            # long_range: COCO labels of the strip to show
 
 PAD = (114, 114, 114)                            # the grey of letterboxed padding
@@ -140,9 +141,9 @@ def new_figure(width, height, layout='constrained'):
 
 
 def log_panels(path):
-    """log.csv -> {title of a panel: {label: [(epoch, value)]}}, without empty cells and columns."""
+    """log.csv -> {title of a panel: {label: [(epoch, value)]}}, without empty cells and columns, and broken rows."""
     with open(path, newline='', encoding='utf-8') as f:
-        rows = list(csv.DictReader(f))
+        rows = [row for row in csv.DictReader(f) if row.get('epoch') and None not in row.values()]
     panels = {title: {} for title in ('losses', 'AP', 'learning rate', 'gates', '|block(x) - x| / |x|', 'tokens kept')}
     for column in rows[0] if rows else ():
         points = [(float(row['epoch']), float(row[column])) for row in rows if row[column]]            # (x, y)
@@ -451,11 +452,11 @@ def draw_block(path):
 
 def draw_long_range(image, boxes, labels, names, bars, path):
     """
-    A strip of prepare/long_range.py, its two ends enlarged, and below it AP50 by setting.
+    A strip of prepare/long_range.py, its two ends enlarged, and below it AP by network, the best first.
 
-    image PIL.Image; boxes (n, 4) xyxy in its pixels, the cue first; labels (n,); bars {setting: [AP50 of each seed]}
+    image PIL.Image; boxes (n, 4) xyxy in its pixels, the cue first; labels (n,); bars {network: [AP of each seed]}
     """
-    tall = 2.6 + 0.36 * len(bars)
+    tall = 2.6 + 0.29 * len(bars)
     figure = new_figure(10, tall, layout=None)
     W, H = image.size
     cut = 10 * H                                                       # columns of an enlarged end
@@ -479,30 +480,34 @@ def draw_long_range(image, boxes, labels, names, bars, path):
         ax = add_strip(left, 1.05, 0.47, first, cut, f'{names[labels[n]]}{away}')
         ax.spines[:].set(color=ATTENTION, linewidth=2)
         whole.axvspan(first, first + cut, fill=False, ec=ATTENTION, lw=2, clip_on=False)           # enlarged below
-    ax = figure.add_axes((0.24, 0.5 / tall, 0.7, 0.36 * len(bars) / tall))
+    ax = figure.add_axes((0.24, 0.5 / tall, 0.7, 0.29 * len(bars) / tall))
+    bars = dict(sorted(bars.items(), key=lambda bar: -np.mean(bar[1])))
     for i, values in enumerate(bars.values()):
-        ax.barh(i, np.mean(values), height=0.62, color=DENSE, alpha=0.55)
-        ax.plot(values, [i] * len(values), 'o', ms=5, color=LINE, clip_on=False)
+        ax.plot(values, [i] * len(values), 'o', ms=6, color=DENSE, alpha=0.6, clip_on=False)
+        ax.plot(np.mean(values), i, '|', ms=14, mew=2, color=LINE, clip_on=False)
     ax.set_yticks(range(len(bars)), bars, fontsize=11)
-    ax.set(xlim=(0, 1), ylim=(len(bars) - 0.5, -0.5))
-    ax.set_xlabel('AP50 of the discs: bar the mean, dot one seed', fontsize=11)
-    ax.spines[['top', 'right']].set_visible(False)
+    ax.set(ylim=(len(bars) - 0.5, -0.5))
+    ax.grid(axis='x', color=PLAIN)
+    ax.set_axisbelow(True)
+    ax.set_xlabel('AP of the discs: dots are seeds, lines their means', fontsize=11)
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.tick_params(axis='y', length=0)
     figure.savefig(path, dpi=160)
 
 
 def read_results(path):
-    """csv with the columns setting, seed, AP50 -> {setting: [AP50 of each seed]}. Raises InputError."""
+    """csv with the columns arm, seed, AP -> {arm: [AP of each seed]}. Raises InputError."""
     bars = {}
     try:
         with open(path, newline='', encoding='utf-8') as f:
             for row in csv.DictReader(f):
-                bars.setdefault(row['setting'], []).append(float(row['AP50']))
+                bars.setdefault(row['arm'], []).append(float(row['AP']))
     except OSError as e:
-        raise InputError(f'--results={path}: {e.strerror}, name a csv with columns setting, seed, AP50') from None
+        raise InputError(f'--results={path}: {e.strerror}, name a csv with columns arm, seed, AP') from None
     except (KeyError, ValueError, TypeError) as e:
-        raise InputError(f'{path}: each row needs setting, seed and a number under AP50 ({e})') from None
+        raise InputError(f'{path}: each row needs arm, seed and a number under AP ({e})') from None
     if not bars:
-        raise InputError(f'{path} has no rows: write one for each setting and seed')
+        raise InputError(f'{path} has no rows: write one for each arm and seed')
     return bars
 
 

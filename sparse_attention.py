@@ -15,7 +15,7 @@ holds it equal.
 
 What it costs. The attention products take 4 k^2 c FLOPs, which does not grow with the image. The four maps of the
 definition take 8 N c^2, which does: at P4 of a 1080p image (N = 8,160, c = 512) 17.1 GFLOPs of projections stand
-beside 0.5 of attention. "O(k^2 c)" forgets them. Three facts make almost all of that go away without changing a result:
+beside 0.5 of attention. "O(k^2 c)" forgets them. Four facts take away two thirds of that without changing a result:
 
     q and k are needed for the selected tokens only:                       4 N c^2  ->  4 k c^2
     `out` follows v with nothing in between on unselected tokens:          one map, W_out W_v, instead of two
@@ -32,13 +32,13 @@ adds 4 T c^2 + 4 k T c: at P4 of 1080p, scale l, 25 % of the block for T = 512 a
 the levels: python model.py --memory=scale, and --k=0,512,128), of the network 0.16 % and 0.04 %.
 
 k is a count, and a picture of two objects fills it as one of two hundred does. keep='mass:0.5' keeps of the k only the
-tokens that hold half of the importance. The rest is masked, so shapes and FLOPs stay those of k; what changes is who
-attends to whom.
+tokens that hold half of the importance (top-p, as in sampling from a language model). The rest is masked, so shapes and
+FLOPs stay those of k; what changes is who attends to whom.
 
 Top-k passes no gradient to the importance. So squared-norm selection does not learn *what to select*: the features
 merely drift, by what attention among the chosen tokens turned out to be good for. select='learned' gives a gradient
 path: a score s = w x + b picks the tokens and sigmoid(s) scales what attention changed in them. Norm and squared norm
-order tokens identically, so select='l2' and 'l2sq' are one and the same method; any difference between them is noise.
+order tokens identically, so select='l2' and 'l2sq' are one method (unless `keep` adds the importances up).
 
 What the design's arguments do and do not show. *Entropy*: a softmax over k tokens holds at most log k nats instead of
 log N, so less of its mass goes to clutter; that bounds how diffuse attention can be, not whether the right tokens were
@@ -67,7 +67,7 @@ def autocast_off(x):
 
 
 def sincos_2d(H, W, c, device):
-    """Sine-cosine codes of the cells, (H*W, c): a quarter of the channels each for sin y, cos y, sin x, cos x."""
+    """Sine-cosine encodings of all cells, (H*W, c): a quarter of the channels each for sin y, cos y, sin x, cos x."""
     assert c % 4 == 0, f'the positional encoding needs channels in fours, got {c}'
     omega = torch.exp(torch.arange(c // 4, device=device) * (-math.log(10000.0) / (c // 4)))
     y, x = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing='ij')
@@ -146,7 +146,7 @@ class SparseGlobalBlock(nn.Module):
         self.out_proj = nn.Conv2d(c, c, 1, bias=False)
         if select == 'learned':
             self.score = nn.Linear(c, 1)
-        self.merged = None                                                            # see merge_projections()
+        self.merged = None                                                            # see fuse()
 
     # --- 1: select -------------------------------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ class SparseGlobalBlock(nn.Module):
             v = v.scatter(1, index, attended.to(v.dtype))
         return self.out_proj(v.transpose(1, 2).reshape(B, C, H, W))
 
-    # --- 2, 3: the same, almost free ------------------------------------------------------------------------------
+    # --- 2, 3: the same, for a third -------------------------------------------------------------------------------
 
     def dense_weight(self):
         """W_out W_v, (C, C, 1, 1): the one map that every token goes through. In float32 also under autocast."""
@@ -248,15 +248,13 @@ class SparseGlobalBlock(nn.Module):
             return (self.out_proj.weight.flatten(1) @ self.v_proj.weight.flatten(1))[..., None, None]
 
     def fuse(self):
-        """Inference form: keep the product of the two dense maps, drop its factors (several heads need them apart)."""
+        """
+        Inference form, from which there is no way back: keep the product of the two dense maps, drop its factors
+        (several heads need them apart, and stay as they are).
+        """
         if self.heads == 1 and self.merged is None:
-            self.merge_projections()
-        return self
-
-    def merge_projections(self):
-        """Inference form: keep the product, drop its factors. There is no way back to training."""
-        self.merged = nn.Parameter(self.dense_weight().detach(), requires_grad=False)
-        del self.v_proj, self.out_proj
+            self.merged = nn.Parameter(self.dense_weight().detach(), requires_grad=False)
+            del self.v_proj, self.out_proj
         return self
 
     def forward(self, x, memory=None, memory_mask=None, chosen=None):
@@ -282,7 +280,7 @@ class SparseGlobalBlock(nn.Module):
             index = selected[..., None].expand(-1, -1, C)                             # (B, k, C)
             x_sel, y_sel = x_tokens.gather(1, index), y_tokens.gather(1, index)       # (B, k, C)
         with autocast_off(x):
-            # contiguous: of rows that do not lie in one piece SDPA builds the N x N matrix
+            # contiguous: for strided rows SDPA builds the N x N matrix
             x_sel, y_sel = x_sel.to(wide).contiguous(), y_sel.to(wide).contiguous()
             positioned = x_sel
             if self.pos:
@@ -299,7 +297,6 @@ class SparseGlobalBlock(nn.Module):
             if self.heads == 1:
                 attended = F.scaled_dot_product_attention(q, k, y_all[:, None], mask)[:, 0]  # (B, k, C): A (out v)
             else:                           # each head has an A of its own, so `out` comes after them, on k tokens only
-                assert self.merged is None, 'merge_projections() drops v and out, which several heads need apart'
                 v = self.split(project(tokens, self.v_proj))
                 attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
                 attended = F.linear(attended, self.head_mix().to(wide))

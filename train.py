@@ -14,11 +14,12 @@ evaluation), log.csv, curves.png, val_*.jpg and report.html, a page with all of 
 older one it moves to earlier_1, ...
 
 One step is one *effective* batch: batch_size images, over all ranks and `grad_accum` micro-batches. A loss is divided
-by the normalizer of the whole effective batch, so neither ranks nor accumulation change its gradient. (BatchNorm stands
-apart: its statistics are those of a micro-batch on a rank, unless --freeze_bn or, over ranks, --sync_bn.) Samples are
-numbered through: position p of the run is image order(seed, epoch = p // n)[p % n], augmented as a pure function of
-(seed, epoch, image). Batches run across epoch ends, so every one is full; step s uses positions s * B to (s + 1) * B.
-Nothing depends on the number of workers, and a resumed run on a CPU equals an uninterrupted one bit for bit.
+by the normalizer of the whole effective batch (and multiplied by batch_size), so neither ranks nor accumulation change
+its gradient. (BatchNorm stands apart: its statistics are those of a micro-batch on a rank, unless --freeze_bn or, over
+ranks, --sync_bn.) Samples are numbered through: position p of the run is image order(seed, epoch = p // n)[p % n],
+augmented as a pure function of (seed, epoch, image). Batches run across epoch ends, so every one is full; step s uses
+positions s * B to (s + 1) * B. Nothing depends on the number of workers, and a resumed run on a CPU equals an
+uninterrupted one bit for bit.
 
 Three stages: warm-up (lr rises), main (cosine), last (lr constant at lr_final, Mosaic and MixUp off, on before).
 
@@ -87,7 +88,7 @@ lr_backbone, lr_neck, lr_block, lr_head = 1.0, 1.0, 1.0, 1.0                    
 momentum = 0.9                                            # sgd's and muon's momentum (nesterov), beta1 of all others
 beta2 = 0.999                                                                         # of adamw
 weight_decay = 0.05                                                                   # not on biases, norms and gates
-grad_clip = 10.0                                      # gradient norm, of a loss counted per image (sum over the batch)
+grad_clip = 10.0                                                     # gradient norm, of batch_size x normalized loss
 ema_decay = 0.9999                                                                    # times 1 - exp(-step / ema_tau)
 ema_tau = 2000                                                         # steps; a run of a few hundred steps wants less
 freeze = ''                                                   # 'backbone': its weights and statistics stay as they are
@@ -167,6 +168,9 @@ for wrong, message in (
          f'imgsz must be one multiple of 32 or two (H, W), got {imgsz}; 1080 rows are padded to 1088'),
         *((config[name] <= 0, f'--{name}={config[name]}: must be above 0') for name in
           ('epochs', 'batch_size', 'grad_accum', 'lr', 'eval_interval', 'log_interval', 'ema_tau', 'grad_clip')),
+        *((config[name] < 0, f'--{name}={config[name]}: must be at least 0') for name in ('seed', 'max_steps')),
+        *((not 0 <= config[name] < 1, f'--{name}={config[name]}: must be at least 0 and below 1') for name in
+          ('momentum', 'beta2')),
         (not 0 <= warmup_epochs + no_aug_epochs <= epochs,
          f'stages: warmup_epochs={warmup_epochs} and no_aug_epochs={no_aug_epochs} must fit into epochs={epochs}'),
         (not 0 <= multi_scale < 1, f'--multi_scale={multi_scale}: must be 0 or a share below 1'),
@@ -262,7 +266,7 @@ class Batches:
                     if p // n_images != epoch:
                         epoch = p // n_images
                         order = train_set.order(epoch)
-                    batch.append((epoch, int(order[p % n_images])))
+                    batch.append((p / n_images, int(order[p % n_images])))
                 yield batch
 
 
@@ -325,7 +329,8 @@ def restore(saved):
         model.load_state_dict(saved['model'])
         ema.load_state_dict(saved['ema'])
         for o, state in zip(optimizers, saved['optimizers'], strict=True):
-            now = [dict(factor=group['factor'], weight_decay=group['weight_decay']) for group in o.param_groups]
+            now = [{name: group[name] for name in ('factor', 'weight_decay', 'momentum', 'betas') if name in group}
+                   for group in o.param_groups]
             o.load_state_dict(state)
             for group, settings in zip(o.param_groups, now, strict=True):
                 group.update(settings)
@@ -361,11 +366,9 @@ scaler = torch.amp.GradScaler(device_type, init_scale=2.0 ** 10, enabled=half)  
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 params = [p for p in model.parameters() if p.requires_grad]
 loss_params = {part: [p for p in some if p.requires_grad] for part, some in model.loss_parameters().items()}
-float_pairs = ([], [])                                                 # the state as pairs of lists: what is averaged,
-int_pairs = ([], [])                                                                  # and what is copied
-for mine, theirs in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
-    for some, tensor in zip(float_pairs if mine.is_floating_point() else int_pairs, (mine, theirs), strict=True):
-        some.append(tensor)
+states = ema.state_dict(), model.state_dict()                         # as pairs of lists: what is averaged, what copied
+float_pairs, int_pairs = ([[state[name] for name in state if state[name].is_floating_point() == averaged]
+                           for state in states] for averaged in (True, False))
 step, best, running, count = 0, -1.0, {}, 0
 if resume:
     restore(resume)
@@ -515,10 +518,10 @@ def skip_step(reason, batch, losses, buffers):
 @torch.no_grad()
 def block_columns(images):
     """
-    What the attention blocks do: gate; share = |block(x) - x| / |x| of the EMA model on these images; and, under
+    What the EMA model's attention blocks do: gate; share = |block(x) - x| / |x| on these images; and, under
     `keep`, kept, the mean number of tokens that an image keeps.
     """
-    found = {f'gate_{level}': block.gate.item() for level, block in model.blocks().items()}
+    found = {f'gate_{level}': block.gate.item() for level, block in ema.blocks().items()}
 
     def measure(block, inputs, output, level):
         x = inputs[0]
@@ -634,7 +637,8 @@ while step < last:
             for name, value in {**some, 'normalizer': normalizer}.items():
                 sums[part, name] = sums.get((part, name), 0) + value.detach().double()
 
-    # 3) divide by the normalizer of the whole batch, which only now is known; see the module's docstring
+    # 3) divide by the normalizer of the whole batch, which only now is known; see the module's docstring. Times the
+    # batch size, as published recipes count their loss: grad_clip and SGD's lr mean a sum over the images
     sums['stop'] = torch.full((), float(len(stop_signals)), dtype=torch.float64, device=device)
     packed = torch.stack(list(sums.values()))
     if ddp:
@@ -649,7 +653,7 @@ while step < last:
     sums = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))    # the loop's one wait for a GPU
     norm, stop_requested = sums.pop('norm'), sums.pop('stop') > 0
 
-    # 4) step, if all is finite (under fp16 the scaler itself skips steps whose gradient overflowed)
+    # 4) step, if all is finite (an fp16 gradient that overflowed costs the step, and the scaler halves its scale)
     loss_finite, overflow = math.isfinite(sum(sums.values())), not math.isfinite(norm)
     bad = not loss_finite or overflow and (not scaler.is_enabled() or scaler.get_scale() < 2 ** -10)
     if bad:
@@ -662,7 +666,7 @@ while step < last:
     for o in optimizers:
         o.zero_grad(set_to_none=True)
 
-    # 5) EMA over optimizer steps, BatchNorm's statistics included
+    # 5) EMA of the weights and of BatchNorm's statistics
     step += 1
     with torch.no_grad():
         torch._foreach_lerp_(*float_pairs, 1 - ema_decay * (1 - math.exp(-step / ema_tau)))

@@ -38,7 +38,7 @@ from baselines.dinov2 import VARIANTS, DINOv2
 from checkpoint import fill, read_weights
 from configurator import InputError, build
 from loss import bbox_iou, make_anchor_points
-from model import HSVDET, SCALES, Backbone, Conv, call, make_param_groups, recompute
+from model import HSVDET, SCALES, Backbone, Conv, make_param_groups
 from sparse_attention import SparseGlobalBlockGated, autocast_off, sincos_2d
 
 STRIDES = (8, 16, 32)
@@ -506,6 +506,9 @@ class DETR(nn.Module):
         self.LOSSES = tuple(f'{layer}{name}' for layer in layers for name in ('cls', 'l1', 'giou'))
         if cfg.backbone_weights:
             self.backbone = DINOv2.from_pretrained(cfg.backbone_weights)
+            if self.backbone.variant() != cfg.backbone:                               # a checkpoint has the name alone
+                raise InputError(f'--backbone_weights={cfg.backbone_weights} is no {cfg.backbone}: give --backbone='
+                                 + (self.backbone.variant() or f'..., but it is none of {" ".join(VARIANTS)}'))
         else:
             self.backbone = DINOv2(**VARIANTS[cfg.backbone]) if cfg.backbone else Backbone(cfg.scale)
         if cfg.backbone and cfg.lora_rank:
@@ -520,14 +523,14 @@ class DETR(nn.Module):
         """images (B, 3, H, W) in 0..1, H and W multiples of 32 -> raw, losses: see DETRHead."""
         H, W = images.shape[2:]
         assert H % 32 == 0 and W % 32 == 0, f'image sides must be multiples of 32, got {H}x{W}'
-        return self.head(self.backbone(images, recompute if self.checkpointing and self.training else call), targets)
+        return self.head(self.backbone(images, self.run), targets)
 
     def decode(self, raw):
         """raw is decoded already: boxes (B, Q, 4) in input pixels, scores (B, Q, K)."""
         return raw
 
     # word for word HSVDET's: of raw they see what decode() makes of it, and nms is False
-    postprocess, detect, save = HSVDET.postprocess, HSVDET.detect, HSVDET.save
+    run, postprocess, detect, save = HSVDET.run, HSVDET.postprocess, HSVDET.detect, HSVDET.save
 
     def fuse(self):
         """Inference form, in place: HSVDET's; then RepVGG's two convolutions become one, LoRA's adapters none."""

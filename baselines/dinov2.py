@@ -278,6 +278,12 @@ class DINOv2(nn.Module):
         model.load_state_dict(state, strict=False)                 # checked above; all but the pyramid is there
         return model
 
+    def variant(self):
+        """The name in VARIANTS of a network of this shape; '' if it has none."""
+        shape = self.norm.normalized_shape[0], len(self.blocks), self.registers, self.side
+        return next((name for name, v in VARIANTS.items()
+                     if shape == (v['width'], v['depth'], v['registers'], v.get('pretrain_size', 518) // PATCH)), '')
+
     def freeze(self, frozen=True):
         """Freeze the transformer (or unfreeze it); adapters and pyramid always train."""
         for name, parameter in self.named_parameters():

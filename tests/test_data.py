@@ -13,6 +13,7 @@ from PIL import Image
 import data
 from configurator import InputError
 from data import Augment, DetectionDataset, collate, letterbox, load_image, rect_shape
+from eval import load
 from prepare.shapes import make_shapes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -193,6 +194,10 @@ def test_close_epoch_ends_mosaic_only(shapes):
     assert set(late['labels'].tolist()) <= set(ds.labels[0].tolist()) and not equal(late, ds[(6, 0)])
     with pytest.raises(TypeError):
         ds[(4, 0)]
+    ds.no_aug_epoch = 4.5                                              # an epoch's fraction counts, and for this alone
+    assert equal(ds[(4.5, 0)], ds[(4.75, 0)])
+    with pytest.raises(TypeError):
+        ds[(4.25, 0)]
 
 
 def test_block_decodes_each_picture_once(shapes, monkeypatch):
@@ -265,10 +270,14 @@ def test_exif_orientation_and_whose_boxes(tmp_path):
     assert up.shape == (60, 40, 3) and up[:17].min() > 200 and up[23:].max() < 50
     assert load_image(str(tmp_path / 'a.jpg'), (60, 40)).size == (60, 40)           # labelled as stored
     assert load_image(str(tmp_path / 'a.jpg'), (40, 60), 2).size == (20, 30)        # and decoded at half
+    noise(640, 3).save(tmp_path / 'thin.jpg')
+    assert load_image(str(tmp_path / 'thin.jpg'), shrink=8).size == (320, 2)
     with pytest.raises(InputError, match='a.jpg is 60x40 but its annotations are for 61x40'):
         load_image(str(tmp_path / 'a.jpg'), (61, 40))
-    for size, box in (((40, 60), [0, 0, 40, 20]), ((60, 40), [0, 0, 20, 40])):      # the white third in either reading
-        ds = DetectionDataset(write_coco(str(tmp_path), [(1, 'a.jpg', *size)], [(1, 1, box, {})]), imgsz=64)
+    stored.save(tmp_path / 'a.tif', exif=exif)                         # which Pillow turns by itself
+    for name, size, box in (('a.jpg', (40, 60), [0, 0, 40, 20]), ('a.jpg', (60, 40), [0, 0, 20, 40]),
+                            ('a.tif', (40, 60), [0, 0, 40, 20])):      # the white third in either reading
+        ds = DetectionDataset(write_coco(str(tmp_path), [(1, name, *size)], [(1, 1, box, {})]), imgsz=64)
         sample = ds[0]
         x1, y1, x2, y2 = sample['boxes'][0].round().int().tolist()
         inner = sample['image'][:, y1 + 2:y2 - 2, x1 + 2:x2 - 2]
@@ -397,3 +406,21 @@ def test_an_earlier_frame_that_cannot_be_read_is_grey(tmp_path):
     (tmp_path / 'clip1_002.png').write_bytes(b'no image')
     image = DetectionDataset(source, imgsz=(64, 96), frames=1)[1]['image']
     assert (image[0] == data.PAD_VALUE).all() and image[1].float().std() > 1
+    frames = load(DetectionDataset(source, frames=1), 1, (64, 96), None, True)
+    assert (frames[1][0] == data.PAD_VALUE).all() and frames[1][1].std() > 1 and frames[-1] is None    # evaluation too
+
+
+def test_a_frame_of_another_size_is_grey_cached_or_not(tmp_path):
+    for t, side in ((1, 40), (2, 200), (3, 200)):
+        noise(side, side, t).save(tmp_path / f'{t:03d}.png')
+    images = [(t, f'{t:03d}.png', side, side) for t, side in ((1, 40), (2, 200), (3, 200))]
+    source = write_coco(str(tmp_path), images, [(2, 1, [5, 5, 90, 90], {})])
+    warm, cold = (DetectionDataset(source, imgsz=64, augment=strengths(mosaic=1.0), frames=1, cache_mb=mb)
+                  for mb in (64, 0))
+    assert warm[0]['image'].shape == (2, 3, 64, 64)                    # now 001.png is in the cache, 40x40
+    for epoch in range(4):
+        assert equal(warm[epoch, 1], cold[epoch, 1])
+    (tmp_path / '003.png').write_bytes(b'no image')                    # the last frame: then the whole clip is out
+    fresh = DetectionDataset(source, imgsz=64, augment=strengths(mosaic=1.0), frames=1)
+    before = [fresh[epoch, 1] for epoch in range(4)]
+    assert fresh.read(2) is None and all(equal(fresh[epoch, 1], before[epoch]) for epoch in range(4))

@@ -117,6 +117,8 @@ def test_the_device_is_the_models(model, monkeypatch):
         detect.detect_images(each, [image])
     detect.detect_images(model, [image], device='meta')
     assert asked == ['meta', 'cpu', 'cpu', 'meta']
+    for mode in ('L', 'RGBA', 'P', 'I;16'):                          # whatever kind of PIL image it is
+        assert len(detect.detect_images(model, [Image.new(mode, (40, 30))])) == 1
 
 
 def test_unreadable_files(model, folder, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from baselines.detr import DETR, DETRConfig
 from baselines.dinov2 import VARIANTS, DINOv2
 from configurator import InputError
 
@@ -355,3 +356,18 @@ def test_paths_and_heads(tmp_path):
         DINOv2.from_pretrained(str(tmp_path / 'text.pth'))
     with pytest.raises(InputError, match='give heads='):
         DINOv2.from_pretrained(saved(tmp_path, hub_names()))                          # 48 is no multiple of 64
+
+
+def test_the_named_backbone_is_the_one_in_the_file(tmp_path, monkeypatch):
+    """A checkpoint of the detector knows its backbone by name alone, so that another file's would not load again."""
+    shape = dict(width=64, depth=4, heads=1, registers=0, pretrain_size=70)
+    monkeypatch.setitem(VARIANTS, 'dinov2_tiny', shape)
+    state = {key: value for key, value in DINOv2(**shape).state_dict().items() if not key.startswith('pyramid.')}
+    settings = dict(backbone_weights=saved(tmp_path, state), num_classes=2, hidden=32, detr_heads=2, ffn=32,
+                    decoder_layers=1, queries=10)
+    with pytest.raises(InputError, match='is no dinov2_s: give --backbone=dinov2_tiny'):
+        DETR(DETRConfig(backbone='dinov2_s', **settings))
+    model = DETR(DETRConfig(backbone='dinov2_tiny', **settings))
+    model.save(tmp_path / 'detr.pt')
+    again = DETR.from_pretrained(str(tmp_path / 'detr.pt'))
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)

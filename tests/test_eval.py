@@ -336,6 +336,10 @@ def test_script(folder, model, tmp_path, monkeypatch, capsys):
     ev.main()
     assert 'its duplicates stay' in capsys.readouterr().err
     monkeypatch.setattr(ev, 'nms', True)
+    for settings, says in ((dict(batch_size=0), '--batch_size=0: must be above 0'), (dict(nms_iou=()), 'one threshold'),
+                           (dict(out_dir=str(tmp_path / 'best.pt')), 'best.pt cannot be written')):
+        with pytest.raises(InputError, match=says), monkeypatch.context() as some:
+            run(some, capsys, **common | settings)
     none, out = run(monkeypatch, capsys, **common, conf=2.0)
     assert none['AP'] == 0 and 'no detections' in out
 

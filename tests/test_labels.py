@@ -135,6 +135,8 @@ def test_classes_of_one_name_stay_apart(tmp_path):
     table = read_labels(path)
     assert table.names == ['car', 'car (id 7)', 'bus'] and table.labels[0].tolist() == [0, 1, 2]
     assert counts(table) == {'category name given twice': 1, 'category listed twice': 1}
+    kept = ground_truth(read_coco(path))['categories']                 # of what is evaluated: the same, each once
+    assert [(c['id'], c['name']) for c in kept] == [(7, 'car (id 7)'), (2, 'car'), (9, 'bus')]
     again = read_labels(path, names=['bus', *table.names[:2]])
     assert again.labels[0].tolist() == [1, 2, 0] and again.category_ids == [9, 2, 7]
     draw(tmp_path / 'yolo' / 'b.png')
@@ -150,6 +152,9 @@ def test_ground_truth_is_what_pycocotools_needs(tmp_path):
     annotations = [dict(id=k, image_id=i, category_id=0, bbox=[k, 0, 9, 9]) for k, i in enumerate((0, 0, 5))]
     path = write(tmp_path / 'set.json', json.dumps(dict(images=images, annotations=annotations, categories=categories)))
     assert ground_truth(read_coco(path)) == read_labels(path).coco()
+    annotations[1]['area'] = -81.0                                     # of a polygon that runs clockwise, say
+    write(path, json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    assert [a['area'] for a in read_labels(path).coco()['annotations']] == [81, 81]
     coco = COCO()
     coco.dataset = read_labels(path).coco()
     coco.createIndex()
@@ -239,6 +244,19 @@ def test_yaml_nobody_can_use(tmp_path):
     write(tmp_path / 'data.yaml', 'names: [a')                         # found by searching, it may be another program's
     table = read_labels(str(tmp_path / 'images'))
     assert table.names == ['class0'] and counts(table) == {'yaml unreadable': 1}
+
+
+def test_linked_folders_and_names_of_a_yaml_further_up(tmp_path):
+    draw(tmp_path / 'elsewhere' / '2.png')
+    draw(tmp_path / 'set' / 'images' / 'a' / '1.png')
+    os.symlink(tmp_path / 'elsewhere', tmp_path / 'set' / 'images' / 'b')
+    os.symlink(tmp_path / 'set' / 'images', tmp_path / 'set' / 'images' / 'a' / 'loop')
+    for file in ('a/1', 'b/2'):
+        write(tmp_path / 'set' / 'labels' / f'{file}.txt', '0 .5 .5 .5 .5\n')
+    write(tmp_path / 'other.yaml', 'names: [x, y]\nnc: 2\n')
+    table = read_labels(str(tmp_path / 'set'))
+    assert [os.path.basename(file) for file in table.files] == ['1.png', '2.png'] and table.names == ['x', 'y']
+    assert 'other.yaml, for' in table.issues['class names of a file further up'][1]
 
 
 def test_list_of_images(tmp_path):

@@ -75,7 +75,8 @@ def write_log(path):
 
 
 def test_panels_by_kind_of_column(tmp_path):
-    (tmp_path / 'log.csv').write_text('step,epoch,box,gate_p4,share_p4,kept_p4,AP\n1,0.5,2,0.1,0.2,41,0.3\n')
+    log = 'step,epoch,box,gate_p4,share_p4,kept_p4,AP\n1,0.5,2,0.1,0.2,41,0.3\n4,'                      # broke off
+    (tmp_path / 'log.csv').write_text(log)
     assert plots.log_panels(tmp_path / 'log.csv') == {
         'losses': {'box': [(0.5, 2)]}, 'AP': {'AP': [(0.5, 0.3)]}, 'gates': {'p4': [(0.5, 0.1)]},
         '|block(x) - x| / |x|': {'p4': [(0.5, 0.2)]}, 'tokens kept': {'p4': [(0.5, 41)]}}
@@ -132,15 +133,15 @@ def test_evaluation_plots(tmp_path, monkeypatch):
 
 
 def test_readme_drawings(tmp_path):
-    (tmp_path / 'results.csv').write_text('setting,seed,AP50\nfull,0,0.99\n---,0,0.3\n---,1,0.4\n')
+    (tmp_path / 'results.csv').write_text('arm,seed,AP\n---,0,0.3\n---,1,0.4\nfull,0,0.99\n')
     bars = plots.read_results(tmp_path / 'results.csv')
-    assert bars == {'full': [0.99], '---': [0.3, 0.4]}
+    assert bars == {'---': [0.3, 0.4], 'full': [0.99]}
     boxes = [(4, 4, 28, 28), (1500, 3, 1520, 23)]
     plots.draw_long_range(Image.new('RGB', (2048, 32)), boxes, [0, 1], NAMES, bars, tmp_path / 'long_range.png')
     plots.draw_network(tmp_path / 'network.png')
     plots.draw_block(tmp_path / 'block.png')
     for name in ('network', 'block', 'long_range'):
         assert Image.open(tmp_path / f'{name}.png').width == 1600
-    (tmp_path / 'results.csv').write_text('setting,seed\nfull,0\n')
-    with pytest.raises(InputError, match='AP50'):
+    (tmp_path / 'results.csv').write_text('arm,seed\nfull,0\n')
+    with pytest.raises(InputError, match='under AP'):
         plots.read_results(tmp_path / 'results.csv')

@@ -39,7 +39,7 @@ def test_reference(name, path):
             if path == 'plain':
                 y = block.forward_reference(d['x'])
             elif path == 'folded':
-                y = block.merge_projections()(d['x'])
+                y = block.fuse()(d['x'])
             else:
                 y = block(d['x'])
         torch.testing.assert_close(y, d['gated' if gated else 'block'], rtol=1e-5, atol=2e-6)
@@ -150,6 +150,6 @@ def test_folded_equals_unfolded():
     block, x = make(c=64), torch.randn(2, 64, 10, 12)
     with torch.no_grad():
         want = block(x)
-        got = block.merge_projections()(x)
+        got = block.fuse()(x)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert not hasattr(block, 'v_proj')

@@ -190,6 +190,14 @@ def test_two_ranks_resume_to_the_bit(shapes, tmp_path):
     assert_same(a, b)
 
 
+def test_a_resumed_run_takes_the_settings_it_is_given(shapes, tmp_path):
+    train(shapes, tmp_path, '--max_steps=2')
+    said = train(shapes, tmp_path, '--max_steps=3', '--momentum=0.5', '--weight_decay=0.3', '--init_from=resume').stdout
+    assert 'momentum=0.5 (was 0.9)' in said
+    groups = load(tmp_path / 'ckpt.pt')['optimizers'][0]['param_groups']
+    assert {group['betas'] for group in groups} == {(0.5, 0.999)} and {g['weight_decay'] for g in groups} == {0.3, 0.0}
+
+
 @pytest.mark.slow
 def test_an_optimizer_per_part_resumes_to_the_bit(shapes, tmp_path):
     pytest.importorskip('pytorch_optimizer')
@@ -301,6 +309,8 @@ def test_bad_input_is_one_sentence(shapes, tmp_path):
         (['--attn=SS'], "attn has one of - S F D C W L N K M T P for each of P3 P4 P5, got 'SS'"),
         (['--batch_size=6', '--grad_accum=4'], 'does not divide'),
         (['--lr=0'], '--lr=0.0: must be above 0'),
+        (['--seed=-1'], '--seed=-1: must be at least 0'),
+        (['--beta2=1'], '--beta2=1.0: must be at least 0 and below 1'),
         (['--warmup_epochs=9'], 'must fit into epochs=4'),
         (['--optimizer=adam'], 'must be one of adamw sgd muon'),
         (['--init_from=nothing.pt'], 'checkpoint nothing.pt not found'),
