@@ -98,12 +98,14 @@ def configure(namespace, *dataclass_settings, positional='', lenient=False, argv
     return settings
 
 
-def build(cls, settings):
+def build(cls, settings, among=()):
     """
     An instance of the dataclass `cls` from the settings of the same names, which may be those in somebody's checkpoint:
-    a value of another type than its field raises InputError.
+    a value of another type than its field raises InputError, and so does a name in `among` that is none of its fields.
     """
     kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    if unknown := set(among) - set(kinds):
+        raise InputError(f'{cls.__name__} has no {", ".join(sorted(unknown))}: it has {", ".join(kinds)}')
     return cls(**{name: check(name, settings[name], kinds, kinds, cls.__name__) for name in kinds if name in settings})
 
 

@@ -175,6 +175,7 @@ def load_model(path, device='cpu', fuse=True, nms=True, **overrides):
     HSVDETConfig, or eval_layers and queries, of DETRConfig.
     The model's attribute best_f1 is what `evaluate` found for these weights in training, or None.
     """
+    path = os.fspath(path)
     if not os.path.exists(path):
         raise InputError(f'weights "{path}" not found: give --weights=, or train with python train.py config/shapes.py')
     if not re.fullmatch(r'cpu|cuda(:\d+)?', device):

@@ -557,6 +557,7 @@ def read_labels(source, images='', names=None):
     names     class names in the order wanted (a validation set takes the training set's); default: as in the file, or
               sorted where it has no list of them (VOC)
     """
+    source, images = os.fspath(source), os.fspath(images)
     if not os.path.exists(re.sub(r'(\.ya?ml):\w+$', r'\1', source)):
         makers = (('shapes', 'shapes'), ('long_range', 'long_range'), ('clips', 'clips'),
                   ('instances_train2017.json', 'coco'), ('coco', 'coco --fraction=0.2'))

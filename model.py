@@ -592,12 +592,12 @@ class HSVDET(nn.Module):
                 for b, s in zip(boxes, scores, strict=True)]
 
     @torch.no_grad()
-    def detect(self, images, **settings):
-        """images (B, 3, H, W) in 0..1 -> detections; settings and result of postprocess. The training mode is kept."""
+    def detect(self, images, conf=0.25, iou=0.7, max_det=300, multi_label=False):
+        """images (B, 3, H, W) in 0..1 -> detections as of postprocess. The training mode is kept."""
         modes = {module: module.training for module in self.modules()}                # a frozen part may differ
         self.eval()
         try:
-            return self.postprocess(self(images)[0], **settings)
+            return self.postprocess(self(images)[0], conf, iou, max_det, multi_label)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -645,21 +645,29 @@ class HSVDET(nn.Module):
         """
         A model with the weights of `path`: a checkpoint of ours (its EMA weights, where it has them) or a YOLOv8 .pt
         file, which is read without Ultralytics and without running any code that it may carry. Overrides are
-        HSVDETConfig's fields. Parts that the file cannot know start fresh and are named: attention blocks, a one-to-one
-        head, the class branch when the number of classes differs, and, after another architecture, all but the
-        backbone. Anything else that fails to match raises InputError.
+        HSVDETConfig's fields. Parts that the file cannot know start fresh and are named: attention blocks, also those
+        that had another letter, a one-to-one head, the class branch when the number of classes differs, and, after
+        another architecture, all but the backbone. Anything else that fails to match raises InputError.
         """
         saved = read_weights(path)
-        ours = saved['arch'] == 'hsvdet'
+        ours, weights = saved['arch'] == 'hsvdet', saved['weights']
         known = saved['config'] if ours else dict(scale=saved['config']['scale'], num_classes=len(saved['names']))
-        cfg = build(HSVDETConfig, {**known, **overrides})
+        cfg = build(HSVDETConfig, {**known, **overrides}, among=overrides)
+        before = build(HSVDETConfig, known)
+        for level, old, new in zip((3, 4, 5), before.attn, cfg.attn, strict=True):
+            lost = ()
+            if old != new and not {old, new} <= set('SFD'):                # S, F and D have the same weights, no others
+                lost = f'block{level}.'
+            elif cfg.gate != before.gate and cfg.gate != 'learned':
+                lost = f'block{level}.gate'                                    # it stands where the new setting puts it
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith(lost)}
         model = cls(cfg)
         model.imgsz = saved['imgsz']
         if cfg.num_classes == len(saved['names']):
             model.names = list(saved['names'])
         optional, other_classes = ('block', 'one2one_head'), cfg.num_classes != known['num_classes']
-        fill(model, saved['weights'], path, verbose=verbose,
-             may_be_fresh=lambda name: (name.startswith(optional) and name not in saved['weights']
+        fill(model, weights, path, verbose=verbose,
+             may_be_fresh=lambda name: (name.startswith(optional) and name not in weights
                                         or other_classes and '_head.cls' in name
                                         or not ours and not name.startswith('backbone.')),
              may_be_left=lambda name: name.startswith(optional) or not ours and not name.startswith('backbone.'))

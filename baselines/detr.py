@@ -66,7 +66,10 @@ class DETRConfig:
     eval_layers: int = 0                                    # decoder layers that run at inference (early exit); 0: all
     backbone: str = ''                                    # '' is model.py's at `scale`; or dinov2_s, dinov2_b, ..._reg
     backbone_weights: str = ''                                    # a DINOv2 file for it; '' starts from random weights
+    position_resize: str = ''                     # of its position embedding: see DINOv2; '' as transformers resizes it
     lora_rank: int = 4                                                    # of the adapters in a frozen DINOv2; 0: none
+    lora_layers: str | tuple = 'all'                                      # its blocks that get them, counted from 1
+    lora_matrices: str = 'qkv'                                            # among q k v proj fc1 fc2: qkv,fc1,fc2
     look_forward_twice: bool = True                          # the box loss of a layer also reaches the layer before it
 
     def __post_init__(self):
@@ -455,7 +458,7 @@ class DETRHead(nn.Module):
         size = tuple(STRIDES[0] * side for side in features[0].shape[2:])
         memory, shapes, x, reference, *selected = self.select_queries(self.encoder(features), *size)
         D, mask = 0, None
-        if targets is not None and self.training and self.cfg.denoising:
+        if targets is not None and self.training and self.cfg.denoising and targets['labels'].shape[1]:
             noisy_labels, noisy_boxes, mask = denoising_queries(targets, size, self.cfg, x.shape[1])
             D = noisy_labels.shape[1]
             x = torch.cat((self.denoising_class_embed(noisy_labels).to(x.dtype), x), 1)  # (B, D + Q, C)
@@ -505,14 +508,15 @@ class DETR(nn.Module):
         layers = ('', 'aux_', 'dn_') if cfg.denoising else ('', 'aux_')
         self.LOSSES = tuple(f'{layer}{name}' for layer in layers for name in ('cls', 'l1', 'giou'))
         if cfg.backbone_weights:
-            self.backbone = DINOv2.from_pretrained(cfg.backbone_weights)
+            self.backbone = DINOv2.from_pretrained(cfg.backbone_weights, position_resize=cfg.position_resize)
             if self.backbone.variant() != cfg.backbone:                               # a checkpoint has the name alone
                 raise InputError(f'--backbone_weights={cfg.backbone_weights} is no {cfg.backbone}: give --backbone='
                                  + (self.backbone.variant() or f'..., but it is none of {" ".join(VARIANTS)}'))
         else:
-            self.backbone = DINOv2(**VARIANTS[cfg.backbone]) if cfg.backbone else Backbone(cfg.scale)
+            self.backbone = Backbone(cfg.scale) if not cfg.backbone else DINOv2(
+                **VARIANTS[cfg.backbone], position_resize=cfg.position_resize)
         if cfg.backbone and cfg.lora_rank:
-            self.backbone.add_lora(cfg.lora_rank)
+            self.backbone.add_lora(cfg.lora_rank, layers=cfg.lora_layers, matrices=cfg.lora_matrices)
         self.head = DETRHead(self.backbone.channels, cfg)
 
     def blocks(self):
@@ -566,7 +570,7 @@ class DETR(nn.Module):
         saved = read_weights(path)
         ours, weights, names = saved['arch'] == 'rtdetr', saved['weights'], saved['names']
         known = saved['config'] if ours else dict(scale=saved['config']['scale'], num_classes=len(names))
-        cfg = build(DETRConfig, {**known, 'backbone_weights': '', **overrides})      # DINOv2's weights are in the file
+        cfg = build(DETRConfig, {**known, 'backbone_weights': '', **overrides}, among=overrides)  # DINOv2's are in it
         model = cls(cfg)
         model.imgsz = saved['imgsz']
         other_classes = cfg.num_classes != len(names)

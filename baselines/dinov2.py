@@ -208,7 +208,7 @@ def check_weights(state, expected, path):
     wrong = missing + unknown + other
     if wrong:
         more = f' and {len(wrong) - 6} more' if len(wrong) > 6 else ''
-        raise InputError(f'{path} does not fit a DINOv2 of size S, B or L: {", ".join(wrong[:6])}{more}')
+        raise InputError(f'{path} does not fit a DINOv2 of size S or B: {", ".join(wrong[:6])}{more}')
 
 
 # --- the backbone ----------------------------------------------------------------------------------------------------

@@ -474,6 +474,8 @@ def test_save_and_load(tmp_path):
     assert torch.equal(other.head.layers[2].fc1.weight, model.head.layers[2].fc1.weight) and len(other.names) == 2
     with pytest.raises(InputError, match='does not fit this network'):
         DETR.from_pretrained(str(tmp_path / 'detr.pt'), verbose=False, hidden=64)
+    with pytest.raises(InputError, match='DETRConfig has no attn'):
+        DETR.from_pretrained(str(tmp_path / 'detr.pt'), verbose=False, attn='-SS')
     HSVDET(HSVDETConfig(num_classes=3)).save(tmp_path / 'hsvdet.pt')
     trunk = torch.load(tmp_path / 'hsvdet.pt')['model']
     warm = DETR.from_pretrained(str(tmp_path / 'hsvdet.pt'), verbose=False, hidden=32)
@@ -507,6 +509,13 @@ def test_overfits_two_images(kind):
         steps.append({name: value.item() for name, value in losses['detr'][0].items()})
     first, last = steps[0], steps[-1]
     assert last['l1'] < first['l1'] / 2 and last['giou'] < first['giou'] * 0.6, (first, last)
+
+
+def test_a_batch_without_room_for_objects():
+    model = DETR(DETRConfig(**TINY)).train()
+    raw, losses = model(torch.rand(2, 3, 64, 64), dict(labels=torch.zeros(2, 0).long(), boxes=torch.zeros(2, 0, 4)))
+    total_loss(losses).backward()
+    assert len(raw[0]) == 2 and losses['detr'][0]['l1'] == 0 and losses['detr'][0]['cls'] > 0
 
 
 def test_dinov2_as_backbone(tmp_path):

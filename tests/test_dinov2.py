@@ -367,7 +367,11 @@ def test_the_named_backbone_is_the_one_in_the_file(tmp_path, monkeypatch):
                     decoder_layers=1, queries=10)
     with pytest.raises(InputError, match='is no dinov2_s: give --backbone=dinov2_tiny'):
         DETR(DETRConfig(backbone='dinov2_s', **settings))
-    model = DETR(DETRConfig(backbone='dinov2_tiny', **settings))
+    model = DETR(DETRConfig(backbone='dinov2_tiny', position_resize='scale', lora_layers=(2, 4),
+                            lora_matrices='q,fc1', **settings))
+    assert model.backbone.position_resize == 'scale'
+    assert {name[16:-7] for name in model.state_dict() if 'lora_a' in name.lower()} == {
+        f'{block}.{matrix}' for block in (1, 3) for matrix in ('qkv', 'fc1')}
     model.save(tmp_path / 'detr.pt')
     again = DETR.from_pretrained(str(tmp_path / 'detr.pt'))
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)

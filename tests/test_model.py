@@ -260,6 +260,29 @@ def test_other_classes_start_fresh_and_the_rest_must_fit(tmp_path, capsys):
         HSVDET.from_pretrained(tmp_path / 'empty.pt')
 
 
+def test_a_block_of_another_letter_or_gate_starts_fresh(tmp_path):
+    trained = alive(small(attn='-SS', k=20))
+    for block in trained.blocks().values():
+        block.gate.data.fill_(0.3)
+    trained.save(tmp_path / 'S.pt')
+    small(attn='-PP', k=20).save(tmp_path / 'P.pt')
+    for letter in '-SFDCWLNKMTP':
+        model = HSVDET.from_pretrained(tmp_path / 'S.pt', verbose=False, attn=f'-S{letter}')
+        assert model.block4.gate.item() == pytest.approx(0.3) and torch.equal(model.block4.v_proj.weight,
+                                                                              trained.block4.v_proj.weight)
+        if letter in 'SFD':                                            # the same weights, so that they can be compared
+            assert model.block5.gate.item() == pytest.approx(0.3)
+        elif letter != '-':
+            assert model.block5.gate.item() == (1.0 if letter == 'P' else 0.0)
+        HSVDET.from_pretrained(tmp_path / 'P.pt', verbose=False, attn=f'-{letter}{letter}')
+    assert HSVDET.from_pretrained(tmp_path / 'P.pt', verbose=False, attn='-SS').block5.gate.item() == 0
+    for gate, value in (('fixed', 0.5), ('none', 1.0)):
+        block = HSVDET.from_pretrained(tmp_path / 'S.pt', verbose=False, gate=gate).block5
+        assert block.gate.item() == value and torch.equal(block.v_proj.weight, trained.block5.v_proj.weight)
+    with pytest.raises(InputError, match='HSVDETConfig has no atn: it has scale, num_classes, attn'):
+        HSVDET.from_pretrained(tmp_path / 'S.pt', atn='-FF')
+
+
 @needs_weights
 def test_genuine_yolov8_checkpoint(capsys):
     model = HSVDET.from_pretrained(str(WEIGHTS / 'yolov8n_bccd.pt'), attn='-SS')
