@@ -3,7 +3,7 @@ What the network is trained on: boxes compared (IoU, GIoU, CIoU), objects assign
 
     box   1 - CIoU                between a point's box and its object's              x 7.5
     cls   binary cross entropy    between class logits and soft targets               x 0.5
-    dfl   two-bin cross entropy   between the 16-bin side distributions and the sides  x 1.5
+    dfl   two-bin cross entropy   between 16-bin distances to sides and true ones     x 1.5
 
 Every point has one job: it is background, or it answers for exactly one object. `assign` decides which, anew at every
 step, from what the network says itself: of the points inside an object's box up to ten that already describe it best
@@ -65,7 +65,7 @@ def ciou(a, b):
     return bbox_iou(a, b, 'ciou')
 
 
-# --- points and sides ------------------------------------------------------------------------------------------------
+# --- points and distances ---------------------------------------------------------------------------------------------
 
 def make_anchor_points(maps, strides=(8, 16, 32)):
     """The centres of all cells in pixels, points (A, 2) as x, y and their stride (A, 1): P3, P4, P5 in row order."""
@@ -87,12 +87,12 @@ def flatten_maps(maps):
 
 def decode_boxes(box_logits, points, strides):
     """
-    box_logits (..., A, 64), four sides (left, top, right, bottom) x 16 bins; points (A, 2), strides (A, 1) in pixels
-    -> boxes (..., A, 4) xyxy. A side's length is the expectation over its bins, 0 to 15 strides.
+    box_logits (..., A, 64), four distances (to the left, top, right and bottom side) x 16 bins; points (A, 2), strides
+    (A, 1) in pixels -> boxes (..., A, 4) xyxy. A distance is the expectation over its bins, 0 to 15 strides.
     """
     bins = torch.arange(16, dtype=box_logits.dtype, device=box_logits.device)
-    length = (box_logits.unflatten(-1, (4, 16)).softmax(-1) * bins).sum(-1) * strides  # (..., A, 4)
-    return torch.cat((points - length[..., :2], points + length[..., 2:]), -1)
+    distance = (box_logits.unflatten(-1, (4, 16)).softmax(-1) * bins).sum(-1) * strides  # (..., A, 4)
+    return torch.cat((points - distance[..., :2], points + distance[..., 2:]), -1)
 
 
 # --- assignment ------------------------------------------------------------------------------------------------------
@@ -163,19 +163,19 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
 
 # --- losses ----------------------------------------------------------------------------------------------------------
 
-def dfl(box_logits, length):
+def dfl(box_logits, distance):
     """
-    Distribution focal loss. box_logits (n, 4, 16), length (n, 4) the wanted side in strides -> (n,).
+    Distribution focal loss. box_logits (n, 4, 16), distance (n, 4) the target in strides -> (n,).
 
-    The wanted length lies between two bins; the loss is the cross entropy with all mass on these two, split so that
+    The target lies between two bins; the loss is the cross entropy with all mass on these two, split so that
     the expectation is exact.
     """
-    length = length.clamp(0, 15 - 0.01)
-    low = length.floor()
+    distance = distance.clamp(0, 15 - 0.01)
+    low = distance.floor()
     log_p = box_logits.log_softmax(-1)                                                # (n, 4, 16)
     at_low = log_p.gather(2, low.long()[..., None])[..., 0]                           # (n, 4)
     at_high = log_p.gather(2, low.long()[..., None] + 1)[..., 0]
-    return -(at_low * (low + 1 - length) + at_high * (length - low)).mean(1)
+    return -(at_low * (low + 1 - distance) + at_high * (distance - low)).mean(1)
 
 
 def detection_loss(maps, targets, loss_weights=(7.5, 0.5, 1.5), topk=10):
@@ -200,8 +200,8 @@ def detection_loss(maps, targets, loss_weights=(7.5, 0.5, 1.5), topk=10):
     gt = gt_boxes[b, assigned_gt_idx[b, a]]                                           # (F, 4)
     fg_logits = box_logits[b, a]                                                      # (F, 64)
     box_loss = ((1 - ciou(decode_boxes(fg_logits, points[a], strides[a]), gt)) * weight).sum()
-    length = torch.cat((points[a] - gt[:, :2], gt[:, 2:] - points[a]), 1) / strides[a]
-    dfl_loss = (dfl(fg_logits.unflatten(1, (4, 16)), length) * weight).sum()
+    distance = torch.cat((points[a] - gt[:, :2], gt[:, 2:] - points[a]), 1) / strides[a]
+    dfl_loss = (dfl(fg_logits.unflatten(1, (4, 16)), distance) * weight).sum()
     cls_loss = F.binary_cross_entropy_with_logits(logits, target_scores, reduction='sum')
 
     sums = dict(box=loss_weights[0] * box_loss, cls=loss_weights[1] * cls_loss, dfl=loss_weights[2] * dfl_loss)

@@ -190,7 +190,7 @@ def head_branch(c_in, c, c_out):
 
 class Detect(nn.Module):
     """
-    The head: for each of P3, P4, P5 a box branch (4 sides x 16 bins) and a class branch (K logits), decoupled and
+    The head: for each of P3, P4, P5 a box branch (4 distances x 16 bins) and a class branch (K logits), decoupled and
     anchor-free. Three maps (B, c, H, W) -> three raw maps (B, 64 + K, H, W).
     """
 
@@ -558,9 +558,9 @@ class HSVDET(nn.Module):
         images (B, 3, H, W) in 0..1, H and W multiples of 32, or clips (B, F, 3, H, W), whose last frame is detected in
         -> maps, losses.
 
-        maps: three raw tensors (B, 64 + K, H / s, W / s), s = 8, 16, 32; 4 sides (left, top, right, bottom) x 16 bins,
-        then class logits. losses: {} without targets, else {part: (weighted sums by name, normalizer)} for the parts
-        one2many and, where that head exists, one2one; see loss.detection_loss and loss.total_loss.
+        maps: three raw tensors (B, 64 + K, H / s, W / s), s = 8, 16, 32; 4 distances (left, top, right, bottom) x 16
+        bins, then class logits. losses: {} without targets, else {part: (weighted sums by name, normalizer)} for the
+        parts one2many and, where that head exists, one2one; see loss.detection_loss and loss.total_loss.
         """
         H, W = images.shape[-2:]
         assert H % 32 == 0 and W % 32 == 0, f'image sides must be multiples of 32, got {H}x{W}'
