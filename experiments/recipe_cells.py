@@ -26,7 +26,10 @@ arms = (('batch 8', '--batch_size=8 --epochs=10'),
         ('short scale 0', f'{_short} --scale_aug=0'),
         ('short little colour', f'{_short} --hsv_s=0.3 --hsv_v=0.2'),
         ('short scale 0.2 lr 25e-3', f'{_short} --scale_aug=0.2 --lr=25e-3'),
-        ('short scale 0.2 little colour', f'{_short} --scale_aug=0.2 --hsv_s=0.3 --hsv_v=0.2'))
+        ('short scale 0.2 little colour', f'{_short} --scale_aug=0.2 --hsv_s=0.3 --hsv_v=0.2'),
+        ('short scale 0.2 one cycle', f'{_short} --scale_aug=0.2 --warmup_epochs=2.4'),
+        ('short scale 0.2 EMA 100', f'{_short} --scale_aug=0.2 --ema_tau=100'),
+        ('short scale 0.2 momentum 0.9', f'{_short} --scale_aug=0.2 --momentum=0.9'))
 seeds = (0,)
 test = 'data/bccd/trainval_val.json'
 evaluate = '--occlusion=False'
