@@ -48,7 +48,7 @@ def draw_boxes(image, boxes, labels, names, scores=None):
     """A copy of a PIL.Image with boxes (n, 4) xyxy in its pixels; above each its class, and score, on a plate."""
     image = image.convert('RGB')                                       # a copy also if it is RGB already
     draw, (W, H) = ImageDraw.Draw(image), image.size
-    font = ImageFont.load_default(size=max(9, round(max(W, H) / 64)))
+    font = ImageFont.load_default(size=max(9, round(min(max(W, H) / 64, min(W, H) / 3))))         # of a strip a third
     width = max(1, round(max(W, H) / 500))
     boxes, labels = [[float(v) for v in box] for box in boxes], [int(label) for label in labels]
     for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
@@ -98,7 +98,8 @@ def shade_cells(image, strength, colour):
 def draw_tokens(image, corner, scale, shape, stride, selected, heat, focus, row, names, path):
     """
     What a block that selects tokens looks at, on the network's input with its padding, at the image's own resolution.
-    Left: the selected cells stay light. Right, with a focus: in red, how much that cell (white) attends to each.
+    Left: the selected cells stay light. Right, or below where images are wide, with a focus: in red, how much that cell
+    (white) attends to each.
 
     image    PIL.Image, before the letterbox; `scale` resized it and `corner` (left, top) placed it, in input pixels
     shape    (h, w) of the block's map, of `stride` input pixels a cell; cells count row by row
@@ -123,9 +124,11 @@ def draw_tokens(image, corner, scale, shape, stride, selected, heat, focus, row,
         width = max(2, round(max(canvas.size) / 400))
         ImageDraw.Draw(panel).rectangle((x, y, x + side, y + side), outline='white', width=width)
         panels.append(panel)
-    page = Image.new('RGB', (canvas.width * len(panels), canvas.height))
+    (W, H), n = canvas.size, len(panels)
+    dx, dy = (0, H) if W > 2 * H else (W, 0)                           # from one panel to the next
+    page = Image.new('RGB', (W + (n - 1) * dx, H + (n - 1) * dy))
     for i, panel in enumerate(panels):
-        page.paste(panel, (i * canvas.width, 0))
+        page.paste(panel, (i * dx, i * dy))
     page.save(path, quality=92)
 
 

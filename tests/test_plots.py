@@ -61,6 +61,9 @@ def test_tokens_selected_cells_stay_light_and_heat_is_red(tmp_path):
     assert page.getpixel((100 + 60, 45)) == plots.class_color(1)                         # x1 of the box
     plots.draw_tokens(*arguments, None, None, None, NAMES, path)
     assert Image.open(path).size == (100, 100)                                           # nothing found: the left panel
+    strip = Image.new('RGB', (320, 32))
+    plots.draw_tokens(strip, (0, 0), 1.0, (2, 20), 16, np.arange(4), np.ones(4), 3, None, NAMES, path)
+    assert Image.open(path).size == (320, 64)                                            # of a wide image: below
 
 
 def write_log(path):
