@@ -88,11 +88,7 @@ def load_image(path, size=None, shrink=1):
             image.load()                                             # only now are the pixels read
             if image.format != 'PNG' and not as_stored:
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I'):                           # 16 bits: the upper 8 of them
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-            if image.mode == 'P' and 'transparency' in image.info:
-                image = image.convert('RGBA')
-            return image if image.mode == 'RGB' else image.convert('RGB')
+            return to_rgb(image)
     except InputError:
         raise
     except FileNotFoundError:
@@ -100,6 +96,15 @@ def load_image(path, size=None, shrink=1):
     except IMAGE_ERRORS as e:
         why = e or type(e).__name__
         raise InputError(f'image {path} cannot be read ({why}): replace the file or take it out') from None
+
+
+def to_rgb(image):
+    """A PIL.Image of any mode -> RGB."""
+    if image.mode.startswith('I'):                                   # 16 bits: the upper 8 of them
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if image.mode == 'P' and 'transparency' in image.info:
+        image = image.convert('RGBA')
+    return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def to_tensor(image):

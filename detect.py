@@ -45,9 +45,9 @@ import video
 from attention import selecting
 from checkpoint import check_best_f1
 from configurator import InputError, configure
-from data import letterbox, load_image, rect_shape
-from eval import cpu_count, input_shape, load_model, predict, undo_letterbox
-from labels import SUFFIXES, read_list
+from data import letterbox, load_image, rect_shape, to_rgb
+from eval import OnnxModel, cpu_count, input_shape, load_model, predict, undo_letterbox
+from labels import SUFFIXES, read_list, yolo_labels
 from plots import draw_boxes, draw_tokens
 
 source = ''                         # image, video, folder, 'glob*', or list.txt
@@ -72,6 +72,7 @@ def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, 
                   device=None, state=None):
     """
     images: PIL or (h, w, 3) uint8 RGB -> for each an array (n, 6): x1, y1, x2, y2 in its own pixels, score, class.
+    imgsz 0: as in training, but of a square only the rectangle that the image fills, if the network takes it (`rect`).
     device: where the model is, which is the default. state: see eval.predict; then the images are frames of one size.
     """
     if device is None:
@@ -79,10 +80,10 @@ def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, 
     shape, groups = input_shape(model, imgsz), collections.defaultdict(list)
     for i, image in enumerate(images):
         if isinstance(image, Image.Image):
-            image = image.convert('RGB')
+            image = to_rgb(image)
         size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-        given = model.fixed_imgsz or isinstance(imgsz, tuple)
-        group = shape if given else rect_shape([size], max(shape), pad=0)
+        as_trained = isinstance(imgsz, tuple) or shape[0] != shape[1] or not getattr(model, 'rect', True)
+        group = shape if model.fixed_imgsz or as_trained else rect_shape([size], max(shape), pad=0)
         groups[group].append((i, size, *letterbox(image, group)))
     results = [None] * len(images)
     for group in groups.values():
@@ -117,17 +118,23 @@ def list_images(source):
     return files
 
 
-def output_names(files):
-    """One name per file to save under, without suffix: a/1.jpg, b/1.jpg, b/1.png -> 1, 1_2, 1_3."""
-    names = {}                                                       # a dict is an ordered set
+def output_names(files, levels=()):
+    """
+    One name per file to save under, without suffix: a/1.jpg, b/1.jpg, b/1.png -> 1, 1_2, 1_3. levels: p4, p5, where
+    1_p4 and 1_p5 are written beside 1.
+    """
+    names, taken, counts = [], set(), collections.Counter()
     for file in files:
-        stem = name = os.path.splitext(os.path.basename(file))[0]
-        n = 1
-        while name in names:
-            n += 1
-            name = f'{stem}_{n}'
-        names[name] = None
-    return list(names)
+        stem = os.path.splitext(os.path.basename(file))[0]
+        while True:
+            counts[stem] += 1
+            name = f'{stem}_{counts[stem]}' if counts[stem] > 1 else stem
+            written = {name, *(f'{name}_{level}' for level in levels)}
+            if not taken & written:
+                break
+        taken |= written
+        names.append(name)
+    return names
 
 
 def selecting_blocks(model):
@@ -319,27 +326,34 @@ def detect_video(model, file, name, add, **settings):
 
 def check_settings(model, files):
     """Settings that cannot be meant raise InputError; -> the score threshold."""
+    here, folders = os.path.realpath(out_dir), {os.path.dirname(file) for file in files}
     for wrong, sentence in (
             (not 0 <= conf <= 1, f'--conf={conf}: a score lies in 0..1'),
             (not 0 <= nms_iou <= 1, f'--nms_iou={nms_iou}: an overlap lies in 0..1'),
             (batch_size < 1 or max_det < 1, f'--batch_size={batch_size} --max_det={max_det}: both must be 1 or more'),
             (tokens and not selecting_blocks(model),
              f'--tokens=True: {weights} has no blocks that select tokens, give a .pt trained with attn such as -SS'),
-            ((save_images or tokens) and any(os.path.abspath(os.path.dirname(file)) == os.path.abspath(out_dir)
-                                             for file in files),
-             f'--out_dir={out_dir} is the folder of the images, which would be overwritten: name another')):
+            ((save_images or tokens) and here in map(os.path.realpath, folders),
+             f'--out_dir={out_dir} is the folder of the images, which would be overwritten: name another'),
+            (save_txt and any(os.path.realpath(os.path.dirname(path)) == os.path.join(here, 'labels')
+                              for path in map(yolo_labels, files) if os.path.exists(path)),
+             f'--out_dir={out_dir} has labels of these images, which would be overwritten: name another')):
         if wrong:
             raise InputError(sentence)
     input_shape(model, imgsz)
+    lowest = 0.0
+    if isinstance(model, OnnxModel) and model.has_detections:
+        lowest = float(model.conf or 0)
+        print(f'NMS is inside the file: nms_iou and max_det are its own, and no score is below {lowest}')
     if conf:
-        return conf
+        return max(conf, lowest)
     best = check_best_f1(model.best_f1, weights)
     if best is None or best['score'] is None:
         raise InputError(f'--conf=0: {weights} does not say at which score F1 was best; python eval.py '
                          f'--weights={weights} --data=val.json prints that score, give it as --conf=')
     print(f'score threshold {best["score"]:.3f}, where F1 on the validation set was best: precision {best["P"]:.3f}, '
           f'recall {best["R"]:.3f}, F1 {best["F1"]:.3f}')
-    return float(np.nextafter(np.float32(best['score']), 0))         # of this score and up; conf means above it
+    return max(lowest, float(np.nextafter(np.float32(best['score']), 0)))             # and up; conf means above it
 
 
 def main():
@@ -350,8 +364,10 @@ def main():
         os.makedirs(os.path.join(out_dir, 'labels') if save_txt else out_dir, exist_ok=True)
     except OSError as e:
         raise InputError(f'--out_dir={out_dir} cannot be written ({e.strerror}): name another') from None
+    if not os.access(out_dir, os.W_OK):
+        raise InputError(f'--out_dir={out_dir} cannot be written (its permissions): name another')
     settings = dict(imgsz=imgsz, batch_size=batch_size, conf=threshold, nms_iou=nms_iou, max_det=max_det, dtype=dtype)
-    named = list(zip(files, output_names(files), strict=True))
+    named = list(zip(files, output_names(files, selecting_blocks(model) if tokens else ()), strict=True))
     videos = [(file, name) for file, name in named if file.lower().endswith(video.SUFFIXES)]
     pictures = [pair for pair in named if pair not in videos]
     if videos:

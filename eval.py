@@ -122,6 +122,7 @@ class OnnxModel(torch.nn.Module):
             raise InputError(f'{path} has no class names in its metadata: make it with python export.py --weights=...')
         # an RT-DETR and a one-to-one head need no NMS; files from before `nms` was written have `one2one`
         self.nms = metadata.get('nms') != 'False' and metadata.get('one2one') != 'True'
+        self.rect = metadata.get('arch') != 'rtdetr'                 # see HSVDET
         self.conf = metadata.get('conf')                             # of the NMS inside the file, if it has one
         self.has_detections = 'detections' in [output.name for output in self.session.get_outputs()]
         entry = self.session.get_inputs()[0]
@@ -193,7 +194,8 @@ def load_model(path, device='cpu', fuse=True, nms=True, **overrides):
         from baselines.detr import DETR
         model = (DETR if saved['arch'] == 'rtdetr' else HSVDET).from_pretrained(path, **overrides)
         model.best_f1 = saved['best_f1']
-    model.nms = model.nms and nms                                    # a detector that never needs NMS stays without
+    if model.nms and not nms:                                        # a detector that never needs NMS stays as it is
+        model.nms, model.best_f1 = False, None                       # that threshold was the other answers'
     if fuse and not isinstance(model, OnnxModel):
         model.fuse()
     if device.startswith('cuda'):

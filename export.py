@@ -205,6 +205,9 @@ def quantise(path, arrays, symmetric=False):
 
 def export_torch(model, path, imgsz, dynamic=False, precision='fp32', best_f1=None, **settings):
     """As export_onnx, but a torch.export program; its metadata are the extra file metadata.json."""
+    if dynamic and set(getattr(model.cfg, 'attn', '')) & set('WN'):
+        raise InputError(f'attn={model.cfg.attn}: torch_export ties W and N to the number of tiles that it saw: use '
+                         '--format=onnx, or --dynamic=False')
     network, example, sides, metadata = make_network(model, imgsz, dynamic, precision, best_f1, settings)
     program = torch.export.export(network, example, dynamic_shapes=sides)
     torch.export.save(program, path, extra_files={'metadata.json': json.dumps(metadata)})

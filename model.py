@@ -400,6 +400,7 @@ class HSVDET(nn.Module):
     """
 
     LOSSES = ('box', 'cls', 'dfl')                                                    # of each part, for the log
+    rect = True                                 # trained on squares it takes rectangles too, for it sees no borders
 
     def __init__(self, cfg):
         super().__init__()

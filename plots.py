@@ -186,12 +186,17 @@ def draw_curves(log_path, out_path, warmup_epochs, no_aug_start, title=''):
     figure.savefig(out_path, dpi=90)
 
 
+def plain(text):
+    """Without matplotlib's mathematics between dollar signs."""
+    return text.replace('$', r'\$')
+
+
 def draw_precision_recall(recall_thresholds, curves, names, ap50s, path):
     """curves (101, K): precision at each recall, at IoU 0.5; names and ap50s (K,) of the classes that have objects."""
     figure = new_figure(7, 5)
     ax = figure.subplots()
     for name, ap50, curve in zip(names, ap50s, np.asarray(curves).T, strict=True):
-        style = dict(label=f'{name} {ap50:.3f}') if len(names) <= 12 else dict(color='0.8')
+        style = dict(label=plain(f'{name} {ap50:.3f}')) if len(names) <= 12 else dict(color='0.8')
         ax.plot(recall_thresholds, curve, lw=1.2, **style)
     if len(names):
         ax.plot(recall_thresholds, np.mean(curves, 1), 'k', lw=2.5, label=f'all {np.mean(ap50s):.3f}')
@@ -207,7 +212,7 @@ def draw_confusion(matrix, names, path):
     figure = new_figure(side + 1, side)
     ax = figure.subplots()
     ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    ticks = [*names, 'background']
+    ticks = [*map(plain, names), 'background']
     ax.set_xticks(range(len(ticks)), ticks, rotation=90)
     ax.set_yticks(range(len(ticks)), ticks)
     if len(names) <= 20:                                               # more would not be legible

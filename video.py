@@ -60,6 +60,7 @@ class VideoReader:
         self.stream.thread_type = 'AUTO'
         self.rate = min(float(self.stream.average_rate or self.stream.guessed_rate or 25), 1000.0)
         self.has_sound = bool(self.container.streams.audio)
+        self.aspect = float(self.stream.sample_aspect_ratio or 1)    # width of a pixel: 4/3 in DV, say
         self.duration = 0.0                                          # seconds, as far as the file says
         if self.stream.duration:
             self.duration = float(self.stream.duration * self.stream.time_base)
@@ -87,7 +88,7 @@ class VideoReader:
                 self.broken += 1
 
     def __iter__(self):
-        """Yields (number, seconds, image): from 0; since the start of the video, always rising; PIL RGB, upright."""
+        """Yields (number, seconds, image): from 0; since the start, always rising; PIL RGB, upright, square pixels."""
         start = last = None
         for frame in self.decode():
             time = frame.time
@@ -97,6 +98,8 @@ class VideoReader:
             if last is not None and seconds <= last:                 # a broken clock: no player could follow it
                 seconds = last + 1 / TICKS
             image, turn = frame.to_image(threads=1), round(frame.rotation / 90) * 90 % 360
+            if self.aspect != 1:
+                image = image.resize((max(1, round(image.width * self.aspect)), image.height))
             number, last, self.decoded = self.decoded, seconds, self.decoded + 1
             yield number, seconds, image.transpose(UPRIGHT[turn]) if turn else image
         if last is None:

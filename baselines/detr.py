@@ -519,6 +519,8 @@ class DETR(nn.Module):
             self.backbone.add_lora(cfg.lora_rank, layers=cfg.lora_layers, matrices=cfg.lora_matrices)
         self.head = DETRHead(self.backbone.channels, cfg)
 
+    rect = False                                   # boxes are shares of the input, as it was trained: see model.HSVDET
+
     def blocks(self):
         """The attention blocks there are, by level: dict(p5=...) with encoder_attn='S'."""
         return dict(p5=self.head.encoder.aifi.block) if self.cfg.encoder_attn == 'S' else {}

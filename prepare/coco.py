@@ -21,11 +21,15 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-import requests
 from PIL import Image
 from tqdm import tqdm
 
 from configurator import InputError, configure
+
+try:
+    import requests
+except ImportError:                                                  # is said below
+    requests = None
 
 # settings
 out = 'data/coco'
@@ -207,6 +211,8 @@ def download_coco(out, fraction, seed, jobs, base_url, tries, pause=1.0):
 
 if __name__ == '__main__':
     configure(globals())
+    if requests is None:
+        raise InputError('prepare.coco needs a package that is not installed: pip install requests')
     try:
         path = download_coco(out, fraction, seed, jobs, base_url, tries)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import detect
+from baselines.detr import DETR
 from checkpoint import check_best_f1, read_weights
 from configurator import InputError
 from data import letterbox, rect_shape
@@ -117,8 +118,28 @@ def test_the_device_is_the_models(model, monkeypatch):
         detect.detect_images(each, [image])
     detect.detect_images(model, [image], device='meta')
     assert asked == ['meta', 'cpu', 'cpu', 'meta']
-    for mode in ('L', 'RGBA', 'P', 'I;16'):                          # whatever kind of PIL image it is
+    for mode in ('L', 'RGBA', 'P'):                                  # whatever kind of PIL image it is
         assert len(detect.detect_images(model, [Image.new(mode, (40, 30))])) == 1
+
+
+def test_what_the_network_sees(model, monkeypatch):
+    seen = []
+
+    def predict(model, batch, *settings, **more):
+        seen.append(batch[0])
+        return [[np.zeros((0, 6))] * len(batch)], 0, 0
+
+    monkeypatch.setattr(detect, 'predict', predict)
+    wide = Image.new('RGB', (100, 50))
+    some = copy.copy(model)
+    for imgsz, rect, wanted in (((96, 96), True, (64, 96)), ((96, 96), False, (96, 96)),         # RT-DETR: its square
+                                ((32, 192), True, (32, 192))):       # not a square: as trained, whatever the image
+        some.imgsz, some.rect = imgsz, rect
+        detect.detect_images(some, [wide])
+        assert seen[-1].shape[:2] == wanted
+    assert HSVDET.rect and not DETR.rect
+    detect.detect_images(model, [Image.fromarray(np.full((96, 96), 0x8000, np.uint16))])         # 16 bits: the upper 8
+    assert (seen[-1] == 128).all()
 
 
 def test_unreadable_files(model, folder, tmp_path):
@@ -184,14 +205,25 @@ def test_sources(folder):
     assert detect.list_images(names[1]) == names[1:2]
     assert detect.list_images(str(folder / 'list.txt')) == [names[2], names[0]]
     assert detect.output_names(['a/1.jpg', 'b/1.jpg', 'b/1.png', 'c/2.jpg']) == ['1', '1_2', '1_3', '2']
+    assert detect.output_names(['1.jpg', '1_p4.jpg', '1.png'], ('p5', 'p4')) == ['1', '1_p4_2', '1_2']
+    assert len(set(detect.output_names([f'{i}/rgb.png' for i in range(20000)]))) == 20000             # in no time
     for nothing in ('', str(folder / 'nowhere.jpg'), str(folder / '*.gif')):
         with pytest.raises(InputError):
             detect.list_images(nothing)
 
 
-def test_originals_are_safe(model, folder, monkeypatch):
+def test_originals_are_safe(model, folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match='overwritten'):
         run(monkeypatch, model, folder, folder)
+    os.symlink(folder, tmp_path / 'link')
+    with pytest.raises(InputError, match='overwritten'):
+        run(monkeypatch, model, folder, tmp_path / 'link')
+    os.makedirs(tmp_path / 'set' / 'images')
+    os.makedirs(tmp_path / 'set' / 'labels')
+    Image.new('RGB', (64, 64)).save(tmp_path / 'set' / 'images' / '0.jpg')
+    (tmp_path / 'set' / 'labels' / '0.txt').write_text('0 .5 .5 .2 .2\n')
+    with pytest.raises(InputError, match='has labels of these images'):
+        run(monkeypatch, model, tmp_path / 'set' / 'images', tmp_path / 'set', save_txt=True)
 
 
 def test_tokens(model, folder, tmp_path, monkeypatch, capsys):

@@ -332,6 +332,7 @@ def test_script(folder, model, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match='no such attention block, it has block4, block5'):
         run(monkeypatch, capsys, **common, without='block3')
     monkeypatch.setattr(ev, 'without', '')
+    assert ev.load_model(str(tmp_path / 'best.pt'), nms=False).best_f1 is None         # the other answers' threshold
     monkeypatch.setattr(ev, 'nms', False)
     ev.main()
     assert 'its duplicates stay' in capsys.readouterr().err

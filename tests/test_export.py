@@ -299,6 +299,8 @@ def test_int8(symmetric, plain, tmp_path):
 def test_torch_export(plain, tmp_path):
     model, path = plain[0], str(tmp_path / 'program.pt2')
     assert_agrees(model, export_torch(model, path, SHAPE), path, (1, 3, *SHAPE))
+    with pytest.raises(InputError, match='attn=-W-: torch_export ties W and N'):       # it would fail for other sizes
+        export_torch(HSVDET(HSVDETConfig(attn='-W-')), path, SHAPE, dynamic=True)
     extra = {'metadata.json': ''}
     torch.export.load(path, extra_files=extra)
     assert json.loads(json.loads(extra['metadata.json'])['names']) == model.names

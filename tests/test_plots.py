@@ -124,6 +124,7 @@ def test_evaluation_plots(tmp_path, monkeypatch):
     plots.draw_precision_recall(recall, curves, NAMES, [0.5, 1.0], tmp_path / 'pr.png')
     plots.draw_precision_recall(recall, curves[:, :0], [], [], tmp_path / 'pr.png')      # no class has an object
     assert [line.get_label() for line in figures[0].axes[0].lines] == ['left 0.500', 'right 1.000', 'all 0.750']
+    plots.draw_confusion(np.eye(3, dtype=int), ['a$b^$', 'c'], tmp_path / 'confusion.png')                # no formula
     plots.draw_confusion(np.array([[5, 1, 2], [0, 7, 0], [3, 0, 0]]), NAMES, tmp_path / 'confusion.png')
     ax = figures[-1].axes[0]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ('predicted', 'true')

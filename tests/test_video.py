@@ -22,7 +22,7 @@ av = pytest.importorskip('av')
 RED, BLUE = (200, 30, 20), (10, 20, 220)
 
 
-def make_clip(path, times, size=(64, 48), turn=0, codec='h264', sound=False, options=None):
+def make_clip(path, times, size=(64, 48), turn=0, codec='h264', sound=False, options=None, aspect=1):
     """A video whose upper half is red and whose left is blue, further each frame, shown at `times` (seconds)."""
     tick = fractions.Fraction(1, 1000)                               # coarser than video.TICKS, as in many files
     with av.open(str(path), 'w', options=options or {}) as container:
@@ -30,6 +30,7 @@ def make_clip(path, times, size=(64, 48), turn=0, codec='h264', sound=False, opt
         stream.width, stream.height = size
         stream.pix_fmt = 'yuvj420p' if codec == 'mjpeg' else 'yuv420p'
         stream.codec_context.time_base = tick
+        stream.codec_context.sample_aspect_ratio = fractions.Fraction(aspect)
         stream.codec_context.gop_size = 5
         if turn:
             stream.set_display_rotation(turn)
@@ -133,6 +134,13 @@ def test_rotation(turn, tmp_path):
     ((_, _, image),), _ = read(clip)
     ((_, _, stored),), _ = read(make_clip(tmp_path / 'b.mp4', steady(1), (64, 32)))
     assert np.array_equal(np.asarray(image), np.rot90(np.asarray(stored), turn // 90))
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    """As in DV and DVDs: the picture is as wide as a player shows it."""
+    clip = make_clip(tmp_path / 'a.mp4', steady(1), (48, 48), aspect='4/3')
+    ((_, _, image),), _ = read(clip)
+    assert image.size == (64, 48)
 
 
 def test_truncated(run, tmp_path, capsys):
