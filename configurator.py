@@ -83,7 +83,7 @@ def configure(namespace, *dataclass_settings, positional='', lenient=False, argv
             name, equals, text = arg[2:].partition('=')
             if not equals:
                 raise InputError(f'{arg}: settings are written --key=value, as in --{name or "lr"}=...')
-            given, where = {name: parse(text, settings.get(name))}, arg
+            given, where = {name: parse(text, settings.get(name), kinds.get(name))}, arg
         elif arg.endswith('.py'):
             given, where = run_config(arg, settings), arg
             if lenient:
@@ -109,9 +109,9 @@ def build(cls, settings, among=()):
     return cls(**{name: check(name, settings[name], kinds, kinds, cls.__name__) for name in kinds if name in settings})
 
 
-def parse(text, default):
+def parse(text, default, kind=None):
     """The text of --key=text as a Python value; a bare word is a string, and so is all that is meant for a string."""
-    if type(default) is str:
+    if type(default) is str and kind in (None, str):
         return text                                                  # a folder may be called 2024
     try:
         return ast.literal_eval(text)

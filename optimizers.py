@@ -140,10 +140,15 @@ def set_precision(model, groups, dtypes, device_type):
     """
     part_of = {id(p): group['part'] for group in groups for p in group['params']}
 
+    def widen(x):
+        if type(x) in (list, tuple):                                          # several maps
+            return type(x)(map(widen, x))
+        return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
     def in_precision(forward, dtype):
         def run(*inputs):
             if dtype == 'float32':
-                inputs = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+                inputs = widen(inputs)
             with torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32'):
                 return forward(*inputs)
         return run

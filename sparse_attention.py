@@ -165,8 +165,10 @@ class SparseGlobalBlock(nn.Module):
         B, C, H, W = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.select == 'random':                                                # afresh at every training step, but
-            g = None if self.training else torch.Generator().manual_seed(0)          # an evaluation must repeat itself
-            return torch.rand(B, H * W, generator=g).to(x.device)
+            if self.training:                                                        # an evaluation must repeat itself
+                return torch.rand(B, H * W).to(x.device)
+            g = torch.Generator().manual_seed(0)                                  # and not depend on the batch
+            return torch.rand(1, H * W, generator=g).expand(B, -1).to(x.device)
         if self.select == 'learned':
             tokens = x.flatten(2).transpose(1, 2).to(wide)                            # (B, N, C)
             return F.linear(tokens, self.score.weight.to(wide), self.score.bias.to(wide))[..., 0]

@@ -168,7 +168,10 @@ for wrong, message in (
          f'imgsz must be one multiple of 32 or two (H, W), got {imgsz}; 1080 rows are padded to 1088'),
         *((config[name] <= 0, f'--{name}={config[name]}: must be above 0') for name in
           ('epochs', 'batch_size', 'grad_accum', 'lr', 'eval_interval', 'log_interval', 'ema_tau', 'grad_clip')),
-        *((config[name] < 0, f'--{name}={config[name]}: must be at least 0') for name in ('seed', 'max_steps')),
+        *((config[name] < 0, f'--{name}={config[name]}: must be at least 0') for name in
+          ('seed', 'max_steps', 'min_steps', 'save_interval', 'skip_nonfinite', 'warmup_epochs', 'no_aug_epochs',
+           'lr_final', 'weight_decay', 'lr_backbone', 'lr_neck', 'lr_block', 'lr_head')),
+        (not 0 <= ema_decay <= 1, f'--ema_decay={ema_decay}: must be from 0 to 1'),
         *((not 0 <= config[name] < 1, f'--{name}={config[name]}: must be at least 0 and below 1') for name in
           ('momentum', 'beta2')),
         (not 0 <= warmup_epochs + no_aug_epochs <= epochs,
@@ -231,6 +234,9 @@ train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cac
 val_set = DetectionDataset(val_data, val_images, imgsz, names=train_set.names, frames=memory_frames)
 objects = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.names))
 n_images, micro = len(train_set), batch_size // (grad_accum * world_size)
+if micro < 2 and config['memory'].endswith(':shuffled'):
+    raise InputError(f'--memory={config["memory"]}: an image gets the tokens of another one of its micro-batch, which '
+                     'has no other: a larger --batch_size, or a smaller --grad_accum')
 stretch = max(1.0, min_steps * batch_size / (epochs * n_images))
 if stretch > 1:
     epochs, warmup_epochs, no_aug_epochs, eval_interval = (

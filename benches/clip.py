@@ -38,6 +38,8 @@ def look(model, frames):
         state = after
     hook.remove()
     (rows,) = model.postprocess(maps, conf=0.1)
+    if not len(rows):
+        raise InputError(f'{weights} finds nothing in the last frame of a clip: train it for longer')
     h, w = x.shape[2:]
     focus = int((rows[0, 1] + rows[0, 3]) // 32 * w + (rows[0, 0] + rows[0, 2]) // 32)
     selected, attention = selecting(model.block4).attention(x, memory, some, chosen)
@@ -50,8 +52,8 @@ def look(model, frames):
 
 def main():
     model = load_model(weights)
-    if not model.frames:
-        raise InputError(f'{weights} has no memory of frames: train it with --memory=time')
+    if not model.frames or 'scale' in model.cfg.memory:
+        raise InputError(f'{weights} has no memory of frames alone: train it with --memory=time')
     dataset = open_data(data, model.names, '', frames=model.frames)
     page = None
     for n, clip in enumerate(clips):

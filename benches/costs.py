@@ -259,14 +259,23 @@ def bench_letters():
 
 # --- latency ---------------------------------------------------------------------------------------------------------
 
+def detector(settings, name):
+    """name as for make_model; what a network without blocks, or RT-DETR, has no use for is left out."""
+    if name == 'RT-DETR':
+        return DETR(build(DETRConfig, {key: value for key, value in settings.items()
+                                       if key != 'k' or type(value) is not tuple}))
+    return HSVDET(build(HSVDETConfig, {**settings, 'attn': name} | (dict(memory='', keep='') if name == '---' else {})))
+
+
+def clip_length(name):
+    """Frames of a training sample: 0, a single image, or with memory=time more than one."""
+    return config['frames'] + 1 if 'time' in config['memory'] and name not in ('---', 'RT-DETR') else 0
+
+
 def make_model(name, num_classes=80):
     """name: 'RT-DETR', or an HSVDET's attn string. The gates are open, as if trained."""
     torch.manual_seed(seed)
-    settings = {**config, 'num_classes': num_classes}
-    if name == 'RT-DETR':
-        model = DETR(build(DETRConfig, settings))
-    else:
-        model = HSVDET(build(HSVDETConfig, {**settings, 'attn': name}))
+    model = detector({**config, 'num_classes': num_classes}, name)
     for block in model.blocks().values():
         block.gate.data.fill_(0.5)
     return model.to(device, memory_format=torch.channels_last)
@@ -412,7 +421,8 @@ def make_training(name, num_classes):
 
 def training_step(model, ema, optimizers, batch, clock):
     """One micro-batch and one optimizer step; clock(part) is a context. A one-to-one head is left out."""
-    images = batch['images'].to(device).to(memory_format=torch.channels_last).float() / 255
+    images = batch['images'].to(device)
+    images = (images if images.ndim == 5 else images.to(memory_format=torch.channels_last)).float() / 255
     targets = dict(labels=batch['labels'].to(device), boxes=batch['boxes'].to(device))
     one_piece = isinstance(model, DETR)                                               # its losses are in its forward
     with clock('forward'), autocast(pick_dtype(training=True)):
@@ -432,7 +442,8 @@ def training_step(model, ema, optimizers, batch, clock):
 
 
 def training_set(cache):
-    return DetectionDataset(train_data, train_images, input_shape(), build(Augment, config), seed, cache)
+    frames = max(0, clip_length(config['attn'] if arch == 'hsvdet' else 'RT-DETR') - 1)
+    return DetectionDataset(train_data, train_images, input_shape(), build(Augment, config), seed, cache, frames=frames)
 
 
 def bench_train():
@@ -470,10 +481,10 @@ def bench_train():
 
 def meta_memory(name):
     """Bytes by part; the backward pass is that of the sum of what the model returns without targets."""
-    model_class, config_class = (DETR, DETRConfig) if name == 'RT-DETR' else (HSVDET, HSVDETConfig)
+    clip = (clip_length(name),) if clip_length(name) else ()
     with torch.device('meta'):
-        model = model_class(build(config_class, {**config, 'attn': name})).train()
-        images = torch.empty(batch_size // grad_accum, 3, *input_shape())
+        model = detector(config, name).train()
+        images = torch.empty(batch_size // grad_accum, *clip, 3, *input_shape())
     count, half = sum(p.numel() for p in model.parameters()), dtype != 'float32'
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if half:                                              # stands in for autocast, which meta tensors do not know:
@@ -498,8 +509,9 @@ def cuda_memory(name):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     corner = torch.rand(micro, 50, 2) * torch.tensor([W, H]) * 0.8
-    batch = dict(images=torch.zeros(micro, 3, H, W, dtype=torch.uint8), boxes=torch.cat((corner, corner + 60), -1),
-                 labels=torch.zeros(micro, 50, dtype=torch.long))
+    clip = (clip_length(name),) if clip_length(name) else ()
+    batch = dict(images=torch.zeros(micro, *clip, 3, H, W, dtype=torch.uint8),
+                 boxes=torch.cat((corner, corner + 60), -1), labels=torch.zeros(micro, 50, dtype=torch.long))
     try:
         training = make_training(name, config['num_classes'])
         for _ in range(2):
@@ -570,6 +582,7 @@ if __name__ == '__main__':
             (dtype not in ('auto', 'float32', 'bfloat16', 'float16'),
              f'--dtype={dtype}: must be auto, float32, bfloat16 or float16'),
             (arch not in ('hsvdet', 'rtdetr'), f'--arch={arch}: must be hsvdet or rtdetr'),
+            (what in ('attention', 'letters') and type(config['k']) is tuple, f'{what} takes one k, got {config["k"]}'),
             (any(type(shape) is int or len(shape) != 2 or shape[0] % 32 or shape[1] % 32
                  for shape in (*sizes, input_shape())),
              f'sizes={sizes}, imgsz={imgsz}: images are (H, W), multiples of 32, as in --sizes="((1088, 1920),)"'),

@@ -55,20 +55,27 @@ COLUMNS = ('arm', 'seed', *FIGURES, 'clock minutes', 'steps', 'images', 'paramet
 BN_STATE = ('running_mean', 'running_var', 'num_batches_tracked')            # in a checkpoint, and no parameters
 
 
-def run(script, arguments, log):
-    """`python SCRIPT arguments` with its output in the file `log` -> (its last line, CPU seconds, seconds)."""
+def run(script, arguments, log, spent=os.devnull):
+    """`python SCRIPT arguments`, output to the file `log` -> its last line; to `spent` its CPU seconds and seconds."""
     started = time.time()
     with open(log, 'a', encoding='utf-8') as f:
         process = subprocess.Popen([sys.executable, script, *arguments], stdout=f, stderr=subprocess.STDOUT,
                                    env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
-        _, status, usage = os.wait4(process.pid, 0)                               # its CPU time and no other child's
+        interrupted = False
+        try:
+            _, status, usage = os.wait4(process.pid, 0)                           # its CPU time and no other child's
+        except KeyboardInterrupt:                                                 # train.py got it too, and saves
+            interrupted, (_, status, usage) = True, os.wait4(process.pid, 0)
     process.returncode = code = os.waitstatus_to_exitcode(status)
-    seconds = time.time() - started
+    with open(spent, 'a', encoding='utf-8') as f:
+        f.write(f'{usage.ru_utime + usage.ru_stime:.1f} {time.time() - started:.1f}\n')
+    if interrupted:
+        raise KeyboardInterrupt
     with open(log, encoding='utf-8') as f:
         last = (f.read().splitlines() or [''])[-1]
     if code:
         raise InputError(f'{script} {" ".join(arguments)} ended with {code}: {last} (all of it: {log})')
-    return last, usage.ru_utime + usage.ru_stime, seconds
+    return last
 
 
 def read_rows(path):
@@ -85,11 +92,16 @@ def train_and_evaluate(arm, of_arm, seed):
     spent = os.path.join(folder, 'seconds.txt')                    # of all parts of a run that was broken off
     arguments = [*shlex.split(f'{train} {of_arm.format(seed=seed)} {more}'), f'--seed={seed}', f'--out_dir={folder}',
                  '--eval_interval=1e9', '--save_interval=200', '--num_pictures=0', '--report=False']
-    if os.path.exists(os.path.join(folder, 'ckpt.pt')):
-        arguments.append('--init_from=resume')
-    _, cpu, clock = run('train.py', arguments, os.path.join(folder, 'train.txt'))
-    with open(spent, 'a', encoding='utf-8') as f:
-        f.write(f'{cpu:.1f} {clock:.1f}\n')
+    command, known = shlex.join(arguments), os.path.join(folder, 'command.txt')
+    if os.path.exists(known) and open(known, encoding='utf-8').read() == command:
+        if os.path.exists(os.path.join(folder, 'ckpt.pt')):
+            arguments.append('--init_from=resume')
+    else:                                                          # another arm's run of this name is not gone on with
+        with open(known, 'w', encoding='utf-8') as f:
+            f.write(command)
+        if os.path.exists(spent):
+            os.remove(spent)
+    run('train.py', arguments, os.path.join(folder, 'train.txt'), spent)
     with open(spent, encoding='utf-8') as f:
         cpu, clock = (sum(map(float, column)) / 60 for column in zip(*map(str.split, f), strict=True))
     weights, log = os.path.join(folder, 'ckpt.pt'), os.path.join(folder, 'eval.txt')        # best.pt may be of step 0
@@ -99,11 +111,11 @@ def train_and_evaluate(arm, of_arm, seed):
         raise InputError(f'{arm}, seed {seed}: stopped at step {saved["step"]} of {last_step}; the same command '
                          'goes on')
     arguments = [f'--weights={weights}', f'--data={test}', *shlex.split(evaluate)]
-    figures = json.loads(run('eval.py', arguments, log)[0])
+    figures = json.loads(run('eval.py', arguments, log))
     for recall, bin in zip(FIGURES[7:11], figures.get('occlusion', {}).values(), strict=False):
         figures[recall] = bin['recall50']
     if without and set(saved['model_config'].get('attn', '-')) - {'-'}:
-        figures['AP without'] = json.loads(run('eval.py', [*arguments, f'--without={without}'], log)[0])['AP']
+        figures['AP without'] = json.loads(run('eval.py', [*arguments, f'--without={without}'], log))['AP']
     with open(os.path.join(folder, 'train.txt'), encoding='utf-8') as f:
         costs.device, dtype = re.search(r'; (\S+) (\w+)[^;]*; \d+ steps', f.read()).groups()  # 'auto' is settled there
     return dict(figures, arm=arm, seed=seed, minutes=cpu, steps=saved['step'], dtype=dtype, threads=threads,

@@ -29,7 +29,7 @@ metric = 'AP'                  # a column of log.csv with a value for each evalu
 out = 'out/bench/runs'         # out.csv and out.png
 
 NO_RESULT = ['out_dir', 'workers', 'cache_mb', 'num_pictures', 'log_interval', 'save_interval', 'show_batch',
-             'make_data', 'num_classes']
+             'make_data', 'num_classes', 'report']
 COLUMNS = ['run', 'group', 'seed', 'steps', 'epoch', 'finished', 'evaluations', 'last', 'best', 'best epoch',
            'settings']
 
@@ -61,7 +61,8 @@ def read_settings(folder):
             config = saved.get('config')
             if isinstance(config, dict):
                 config |= dict(init_from='scratch') if config.get('init_from') == 'resume' else {}
-                return config, config.get('max_steps') or saved.get('total_steps', math.inf)
+                total = saved.get('total_steps', math.inf)
+                return config, min(total, config.get('max_steps') or total)
     return {}, math.inf
 
 

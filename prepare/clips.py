@@ -13,7 +13,6 @@ one colour; else an answer must come from the right place too.
 by their numbers (data.previous_frame).
 """
 import functools
-import json
 import os
 
 import numpy as np
@@ -80,16 +79,8 @@ def draw_clip(rng, size=64, same=False):
 
 def make_clips(out='data/clips', train=1500, val=200, size=64, same=False, seed=0):
     """Write the set, see the top of this file. Raises InputError."""
-    write_set(out, NAMES, functools.partial(draw_clip, size=size, same=same), train, val, seed)
-    for part in ('val', 'train'):                                      # an image stands for the last frame of its clip
-        path = os.path.join(out, f'{part}.json')
-        with open(path, encoding='utf-8') as f:
-            labels = json.load(f)
-        for entry in labels['images']:
-            entry['file_name'] = entry['file_name'].replace('.', f'_{FRAMES - 1}.')
-        with open(path + '.part', 'w', encoding='utf-8') as f:
-            json.dump(labels, f)
-        os.replace(path + '.part', path)
+    draw = functools.partial(draw_clip, size=size, same=same)
+    write_set(out, NAMES, draw, train, val, seed, suffix=f'_{FRAMES - 1}')            # the last frame has the labels
 
 
 if __name__ == '__main__':

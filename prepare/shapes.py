@@ -148,10 +148,11 @@ def make_picture(i, split, folder, draw, seed):
     return image.size, labels, boxes
 
 
-def write_set(out, names, draw, train, val, seed, val_labels=None):
+def write_set(out, names, draw, train, val, seed, val_labels=None, suffix=''):
     """
     Write train.json, val.json, images/train/*.jpg and images/val/*.jpg under `out`. draw(rng) -> PIL.Image, labels
     (indices into `names`), boxes (xyxy pixels). val_labels: val.json lists only the objects with one of these labels.
+    suffix: that of the file's name, where a picture saves itself as several files (prepare/clips.py).
     train.json comes last: where it is, the set is complete. Raises InputError when the folder cannot be written.
     """
     if train < 1 or val < 1 or seed < 0:
@@ -170,7 +171,7 @@ def write_set(out, names, draw, train, val, seed, val_labels=None):
                 pictures = pool.imap(make, range(1, count + 1), chunksize=4)
                 bar = tqdm(pictures, folder, count, unit=' pictures', disable=None)    # None: silent if not a terminal
                 for i, ((width, height), labels, boxes) in enumerate(bar, 1):
-                    images.append(dict(id=i, file_name=f'{i:06d}.jpg', width=width, height=height))
+                    images.append(dict(id=i, file_name=f'{i:06d}{suffix}.jpg', width=width, height=height))
                     for label, (x1, y1, x2, y2) in zip(labels, boxes, strict=True):
                         if name == 'val' and val_labels and label not in val_labels:
                             continue

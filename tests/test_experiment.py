@@ -75,10 +75,12 @@ def test_a_run_that_was_stopped_is_no_row(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     ran, config = [], {}
 
-    def run(script, arguments, log):
-        ran.append(script)
+    def run(script, arguments, log, spent=os.devnull):
+        ran.append((script, *arguments[:1], '--init_from=resume' in arguments))
+        with open(spent, 'a') as f:
+            f.write('6.0 6.0\n')
         torch.save(dict(step=7, total_steps=20, config=config), os.path.join(os.path.dirname(log), 'ckpt.pt'))
-        return '{}', 1.0, 1.0
+        return '{}'
 
     for key, value in dict(name='e', train='x.py', test='t.json', run=run).items():
         monkeypatch.setattr(experiment, key, value)
@@ -86,7 +88,27 @@ def test_a_run_that_was_stopped_is_no_row(monkeypatch, tmp_path):
         config['max_steps'] = max_steps
         with pytest.raises(InputError, match=f'a, seed 0: stopped at step 7 of {last}; the same command goes on'):
             experiment.train_and_evaluate('a', '', 0)
-    assert ran == ['train.py'] * 2
+    with pytest.raises(InputError):
+        experiment.train_and_evaluate('a', '--lr=1', 0)                # an arm that was edited does not go on with it
+    assert [resumed for _, _, resumed in ran] == [False, True, False]
+    with open(tmp_path / 'out/experiments/e/a_0/seconds.txt') as f:
+        assert f.read() == '6.0 6.0\n'
+
+
+def test_an_interrupted_run_leaves_its_seconds(monkeypatch, tmp_path):
+    wait, calls = os.wait4, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return wait(*args)
+
+    monkeypatch.setattr(os, 'wait4', interrupted)
+    (tmp_path / 'train.py').write_text('print("saved")\n')
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(str(tmp_path / 'train.py'), [], str(tmp_path / 'log'), str(tmp_path / 'spent'))
+    assert len((tmp_path / 'spent').read_text().split()) == 2 and (tmp_path / 'log').read_text() == 'saved\n'
 
 
 @pytest.mark.slow

@@ -123,7 +123,8 @@ def test_missing_package_is_one_sentence(monkeypatch):
 PARTS = ('backbone', 'neck', 'block', 'head')
 DETECTORS = dict(
     hsvdet=lambda: HSVDET(HSVDETConfig(num_classes=3, k=3, one2one=True)),
-    rtdetr=lambda: DETR(DETRConfig(num_classes=3, hidden=32, ffn=32, decoder_layers=2, queries=20, encoder_attn='S')))
+    rtdetr=lambda: DETR(DETRConfig(num_classes=3, hidden=32, ffn=32, decoder_layers=2, queries=20, encoder_attn='S')),
+    full=lambda: DETR(DETRConfig(num_classes=3, hidden=32, ffn=32, decoder_layers=2, queries=20)))      # takes all maps
 
 
 def gradients(arch, dtypes, outside='bfloat16', said=None, frozen=False):

@@ -127,6 +127,7 @@ def test_clips_show_the_class_in_the_first_frame_only(tmp_path):
             first, *later = (np.asarray(frame)[y, x].astype(int) for frame in clip.frames)
             assert (first == tuple(COLOURS.values())[label]).all() and all(np.ptp(pixel) == 0 for pixel in later)
     make_clips(str(tmp_path), train=3, val=2)
+    assert len(os.listdir(tmp_path / 'images' / 'train')) == 9
     data = DetectionDataset(str(tmp_path / 'train.json'), imgsz=64, frames=2)
     colour = [np.ptp(frame.numpy(), axis=0).max() for frame in data[0]['image'].float()]
     assert len(data) == 3 and colour[0] > 100 and max(colour[1:]) < 20

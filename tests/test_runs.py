@@ -37,8 +37,9 @@ def out(tmp_path, monkeypatch):
 def test_groups_are_runs_that_differ_by_seed_only(tmp_path, out, capsys):
     a = write_run(tmp_path / 'a', [(5, 1, 0.3), (10, 2, 0.5)])
     b = write_run(tmp_path / 'b', [(5, 1, 0.8), (10, 2, 0.7)], seed=1, workers=4, out_dir='y',
-                  init_from='resume')
+                  init_from='resume', report=False)
     c = write_run(tmp_path / 'c', [(5, 1, 0.1)], lr=0.02)
+    assert runs.read_settings(write_run(tmp_path / 'd', [], max_steps=100))[1] == 10              # it ends before those
     runs.main([a, b, c])
     rows = {os.path.basename(row['run']): row for row in rows_of(out / 'runs.csv')}
     assert [rows[name]['group'] for name in 'abc'] == ['0', '0', '1'] and rows['b']['seed'] == '1'

@@ -72,6 +72,8 @@ def test_random_selection_repeats_in_evaluation_and_varies_in_training():
     assert not torch.equal(block.select_tokens(x)[0], block.select_tokens(x)[0])
     block.eval()
     assert torch.equal(block.select_tokens(x)[0], block.select_tokens(x)[0])
+    several = block.select_tokens(x.expand(3, -1, -1, -1))[0]
+    assert all(torch.equal(cells, block.select_tokens(x)[0][0]) for cells in several)    # wherever it is in its batch
     with torch.no_grad():
         torch.testing.assert_close(block(x), block.forward_reference(x))
 
