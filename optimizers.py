@@ -19,6 +19,7 @@ from configurator import InputError
 
 LIBRARY = dict(lamb=('Lamb', 0.999), soap=('SOAP', 0.95), lion=('Lion', 0.99))        # its class, its paper's beta2
 KINDS = ('adamw', 'sgd', 'muon', *LIBRARY)
+PARTS = ('backbone', 'neck', 'block', 'head')                                         # of a network
 
 
 QUINTIC = 3.4445, -4.7750, 2.0315                      # a x + b x^3 + c x^5 five times makes 0.003..1 about 0.7..1.2

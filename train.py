@@ -51,7 +51,7 @@ from configurator import InputError, build, configure
 from data import Augment, DetectionDataset, collate, to_image
 from eval import evaluate
 from model import HSVDET, HSVDETConfig
-from optimizers import KINDS, make_optimizers, set_precision
+from optimizers import KINDS, PARTS, make_optimizers, set_precision
 from plots import draw_boxes, draw_curves, image_grid, save_image
 from report import write_report
 
@@ -162,19 +162,18 @@ for wrong, message in (
         (dtype not in ('float32', 'bfloat16', 'float16'),
          f'--dtype={dtype}: must be auto, float32, bfloat16 or float16'),
         *((config[name] not in ('', 'float32', 'bfloat16', 'float16'),
-           f'--{name}={config[name]}: must be float32, bfloat16 or float16') for name in
-          ('dtype_backbone', 'dtype_neck', 'dtype_block', 'dtype_head')),
+           f'--{name}={config[name]}: must be float32, bfloat16 or float16') for name in map('dtype_{}'.format, PARTS)),
         (len(imgsz) != 2 or any(type(s) is not int or s < 32 or s % 32 for s in imgsz),
          f'imgsz must be one multiple of 32 or two (H, W), got {imgsz}; 1080 rows are padded to 1088'),
         *((config[name] <= 0, f'--{name}={config[name]}: must be above 0') for name in
           ('epochs', 'batch_size', 'grad_accum', 'lr', 'eval_interval', 'log_interval', 'ema_tau', 'grad_clip')),
         *((config[name] < 0, f'--{name}={config[name]}: must be at least 0') for name in
           ('seed', 'max_steps', 'min_steps', 'save_interval', 'skip_nonfinite', 'warmup_epochs', 'no_aug_epochs',
-           'lr_final', 'weight_decay', 'lr_backbone', 'lr_neck', 'lr_block', 'lr_head')),
+           'lr_final', 'weight_decay', *map('lr_{}'.format, PARTS))),
         (not 0 <= ema_decay <= 1, f'--ema_decay={ema_decay}: must be from 0 to 1'),
         *((not 0 <= config[name] < 1, f'--{name}={config[name]}: must be at least 0 and below 1') for name in
           ('momentum', 'beta2')),
-        (not 0 <= warmup_epochs + no_aug_epochs <= epochs,
+        (warmup_epochs + no_aug_epochs > epochs,
          f'stages: warmup_epochs={warmup_epochs} and no_aug_epochs={no_aug_epochs} must fit into epochs={epochs}'),
         (not 0 <= multi_scale < 1, f'--multi_scale={multi_scale}: must be 0 or a share below 1'),
         (compile and checkpointing, '--compile=True and --checkpointing=True exclude each other: checkpointing saves '
@@ -187,8 +186,8 @@ for wrong, message in (
         (batch_size % max(1, grad_accum * world_size), f'batch_size={batch_size} does not divide into '
                                                        f'grad_accum={grad_accum} micro-batches on {world_size} ranks'),
         (optimizer not in KINDS, f'--optimizer={optimizer}: must be one of {" ".join(KINDS)}'),
-        *((config[name] not in ('', *KINDS), f'--{name}={config[name]}: must be one of {" ".join(KINDS)}') for name in
-          ('optimizer_backbone', 'optimizer_neck', 'optimizer_block', 'optimizer_head')),
+        *((config[name] not in ('', *KINDS), f'--{name}={config[name]}: must be one of {" ".join(KINDS)}')
+          for name in map('optimizer_{}'.format, PARTS)),
         (freeze not in ('', 'backbone'), f"--freeze={freeze}: must be 'backbone' or nothing"),
         (arch not in ('hsvdet', 'rtdetr'), f'--arch={arch}: must be hsvdet or rtdetr'),
         (make_data not in ('', 'shapes', 'long_range', 'half_hidden', 'clips'),
@@ -358,7 +357,7 @@ model.names, model.imgsz, model.checkpointing = train_set.names, imgsz, checkpoi
 model = model.to(device, memory_format=torch.channels_last)
 if sync_bn and ddp:
     model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-kinds = {part: config[f'optimizer_{part}'] or optimizer for part in ('backbone', 'neck', 'block', 'head')}
+kinds = {part: config[f'optimizer_{part}'] or optimizer for part in PARTS}
 factors = {part: config[f'lr_{part}'] for part in kinds}
 groups = model.param_groups(1.0, weight_decay, factors)         # with the backbone even if frozen: it has a dtype too
 if freeze == 'backbone':

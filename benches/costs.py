@@ -39,7 +39,7 @@ from configurator import InputError, build, configure
 from data import Augment, DetectionDataset, collate
 from loss import detection_loss, total_loss
 from model import HSVDET, HSVDETConfig, nms
-from optimizers import KINDS, make_optimizers
+from optimizers import KINDS, PARTS, make_optimizers
 from plots import draw_attention_cost
 from sparse_attention import SparseGlobalBlockGated
 
@@ -415,7 +415,7 @@ def make_training(name, num_classes):
     model = make_model(name, num_classes).train()
     ema = copy.deepcopy(model).requires_grad_(False)
     model.checkpointing = checkpointing
-    kinds = dict.fromkeys(('backbone', 'neck', 'block', 'head'), optimizer)
+    kinds = dict.fromkeys(PARTS, optimizer)
     return model, ema, make_optimizers(model.param_groups(1.0, weight_decay), kinds, 1e-3, momentum, 0.999)
 
 

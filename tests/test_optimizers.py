@@ -8,7 +8,16 @@ import torch
 from baselines.detr import DETR, DETRConfig
 from configurator import InputError
 from model import HSVDET, HSVDETConfig
-from optimizers import KINDS, LIBRARY, Muon, make_optimizers, orthogonalize, orthogonalize_all, set_precision
+from optimizers import (
+    KINDS,
+    LIBRARY,
+    PARTS,
+    Muon,
+    make_optimizers,
+    orthogonalize,
+    orthogonalize_all,
+    set_precision,
+)
 
 
 @pytest.mark.parametrize('shape', [(8, 8), (16, 72), (72, 16), (1, 5)])
@@ -120,7 +129,6 @@ def test_missing_package_is_one_sentence(monkeypatch):
         make_optimizers([group], dict(head='lamb'), 0.1, 0.9, 0.999)
 
 
-PARTS = ('backbone', 'neck', 'block', 'head')
 DETECTORS = dict(
     hsvdet=lambda: HSVDET(HSVDETConfig(num_classes=3, k=3, one2one=True)),
     rtdetr=lambda: DETR(DETRConfig(num_classes=3, hidden=32, ffn=32, decoder_layers=2, queries=20, encoder_attn='S')),
