@@ -4,7 +4,7 @@ drawings.
 
     python plots.py network                                                -> .github/network.png
     python plots.py block                                                  -> .github/block.png
-    python plots.py long_range --results=results/half_hidden.csv --labels=data/half_hidden/train.json
+    python plots.py long_range --results=results/half_hidden.csv --labels=data/half_hidden_test/train.json
                                                                            -> .github/long_range.png
 
 The results are rows of `bench.py experiment`; the strip above the bars is the first image of --labels.
