@@ -448,6 +448,7 @@ class HSVDET(nn.Module):
         return {level: block for level, block in blocks.items() if block is not None}
 
     def run(self, layer, *x):
+        """layer(*x); with `checkpointing` its inner activations are computed again in the backward pass."""
         return (recompute if self.checkpointing and self.training else call)(layer, *x)
 
     def attend(self, block, x, offered=(), count=None):

@@ -7,7 +7,7 @@ drawings.
     python plots.py long_range --results=results/half_hidden.csv --labels=data/half_hidden_test/train.json
                                                                            -> .github/long_range.png
 
-The results are rows of `bench.py experiment`; the strip above the bars is the first image of --labels.
+The results are rows of `bench.py experiment`; the strip above them is the first image of --labels.
 
 Images are drawn with Pillow, all else with matplotlib, which is imported when first needed and may be missing: curves
 are then left out with a printed line, what was asked for by name raises InputError. A leaf: of ours it imports the

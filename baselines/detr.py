@@ -499,6 +499,8 @@ class DETR(nn.Module):
     model.py's at cfg.scale, trained whole, or a frozen DINOv2 with LoRA adapters.
     """
 
+    rect = False                                   # boxes are shares of the input, as it was trained: see model.HSVDET
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -518,8 +520,6 @@ class DETR(nn.Module):
         if cfg.backbone and cfg.lora_rank:
             self.backbone.add_lora(cfg.lora_rank, layers=cfg.lora_layers, matrices=cfg.lora_matrices)
         self.head = DETRHead(self.backbone.channels, cfg)
-
-    rect = False                                   # boxes are shares of the input, as it was trained: see model.HSVDET
 
     def blocks(self):
         """The attention blocks there are, by level: dict(p5=...) with encoder_attn='S'."""
@@ -572,7 +572,8 @@ class DETR(nn.Module):
         saved = read_weights(path)
         ours, weights, names = saved['arch'] == 'rtdetr', saved['weights'], saved['names']
         known = saved['config'] if ours else dict(scale=saved['config']['scale'], num_classes=len(names))
-        cfg = build(DETRConfig, {**known, 'backbone_weights': '', **overrides}, among=overrides)  # DINOv2's are in it
+        known['backbone_weights'] = ''                                                # DINOv2's weights are in the file
+        cfg = build(DETRConfig, {**known, **overrides}, among=overrides)
         model = cls(cfg)
         model.imgsz = saved['imgsz']
         other_classes = cfg.num_classes != len(names)
