@@ -4,8 +4,9 @@ The other letters of the `attn` string: kinds of attention to compare with the s
 A mixer is built by (c, cfg); cfg has k, select, heads, pos, keep, kernel, as HSVDETConfig does. forward(x,
 memory=None) -> y, x and y (B, C, H, W) of any size, y without the residual; memory (B, T, C) is tokens from another
 level or frame that the queries may attend to as well. (T and P, which select tokens, take two more arguments, as S
-does.) `Gated` adds the residual and the gate, the same for every letter. HELP says in a line what each letter is and
-what it costs; make_block builds one.
+does.) `Gated` adds the residual and the gate around a mixer. S, F and D are no mixers: they have both built in
+(SparseGlobalBlockGated), because there the gate multiplies a weight instead of the output. HELP says in a line what
+each letter is and what it costs; make_block builds one.
 
 Each letter's class has forward_reference (C needs none), its definition with the same weights: dense, masked, as slow
 as it reads. forward is the fast path, and tests/test_attention.py compares the two in float64. Logits, softmax and sums

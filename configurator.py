@@ -10,7 +10,7 @@ wins. A config file is Python: it may compute, and it may start from another one
 Settings that several scripts share (augmentation, network) are fields of a dataclass; `configure(globals(), Augment)`
 makes every field a setting of the script, default included, and `build(Augment, config)` makes the dataclass of them.
 
-This is the ground floor: it imports nothing of ours, and holds what every room needs, InputError and the excepthook.
+This file imports nothing of ours, so that every other one may import it; hence InputError and the excepthook are here.
 What it does not do: sections, types beyond Python's own, environment variables. A name that is no setting, a value of
 another type, a file that is not there: each ends the run with one sentence, before anything has been touched.
 """

@@ -11,9 +11,9 @@ Images and boxes: reading, augmenting, batching.
 Two ideas carry the file.
 
 1. A sample is a pure function of (seed, epoch, index). Workers, resume and cache may come and go: the bits stay.
-2. Everything geometric is axis-aligned, so x and y never meet, and a whole chain (letterbox, Mosaic, scale, translate)
-   is one map per axis: whole source pixels onto whole target pixels, one resampling, and only of what survives the
-   crop. The boxes go through the very same map (see `src_dst_interval`).
+2. All geometry is axis-aligned, so x and y can be treated separately, and the whole chain (letterbox, Mosaic, scale,
+   translate) is one linear map per axis: a range of whole source pixels onto a range of whole target pixels. Only what
+   survives the crop is resampled, and only once. The boxes go through the same map (see `src_dst_interval`).
 
 Label files and their defects are labels.py's; the sets we make or fetch are in prepare/; pictures in plots.py.
 What it deliberately does not do: rotation by any angle, shear and perspective (0 in the YOLOv8 recipe, and without them
@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from configurator import InputError, configure
 from labels import IMAGE_ERRORS, read_coco, read_labels, split_labels, upright_size
+from loss import box_iou
 from plots import image_grid, save_image
 
 PAD_VALUE = 114                                                      # grey, fills what no image covers
@@ -47,8 +48,8 @@ class Augment:
     """Strengths of the augmentation: settings of train.py and bench.py. One more is a line here, one in `augmented`."""
     mosaic: float = 1.0                                              # probability of four images in one
     mixup: float = 0.0                                             # probability of a second scene laid over the first
-    mosaic_block: int = 0           # Mosaic's other images come from n neighbours in the epoch's order, which a cache
-    #                              serves; 0: from the whole set
+    mosaic_block: int = 0           # > 0: Mosaic's other images come from n neighbours in the epoch's order, so that a
+    #                                 small cache holds them; 0: from the whole set
     scale_aug: float = 0.5                                           # size factor 1 - .. 1 + ..
     translate: float = 0.1                                           # share of the image
     flip: float = 0.5                                                # probability, left-right
@@ -117,10 +118,12 @@ def to_image(tensor):
     return Image.fromarray(tensor.permute(1, 2, 0).contiguous().numpy())
 
 
-def resize(image, h, w):
+def resize(image, h, w, antialias=True):
     """(3, h0, w0) uint8 -> (3, h, w) uint8: bilinear, antialiased (Pillow's filter in a quarter of its time)."""
     if image.shape[1:] == (h, w):
         return image
+    if not antialias:                                                # of the four nearest pixels, as OpenCV does
+        return (F.interpolate(image[None].float(), (h, w), mode='bilinear')[0] + 0.5).byte()
     return F.interpolate(image[None], size=(h, w), mode='bilinear', antialias=True)[0]
 
 
@@ -142,10 +145,10 @@ def src_dst_interval(length, scale, start, limit):
     return a, b, c, d
 
 
-def paste_resized(canvas, image, xs, ys):
+def paste_resized(canvas, image, xs, ys, antialias=True):
     """Draw columns and rows `xs`, `ys` (two intervals) of image (3, h, w) on canvas (3, H, W), in place."""
     (a, b, c, d), (e, f, g, h) = xs, ys
-    canvas[:, g:h, c:d] = resize(image[:, e:f, a:b], h - g, d - c)
+    canvas[:, g:h, c:d] = resize(image[:, e:f, a:b], h - g, d - c, antialias)
 
 
 def transform_boxes(boxes, xs, ys):
@@ -164,24 +167,27 @@ def clip_boxes(boxes, labels, xs, ys):
     return after[keep], labels[keep]
 
 
-def letterbox_intervals(size, shape):
-    """(w, h) in (H, W): scale and the two intervals of the whole image, centred, as large as fits."""
+def letterbox_intervals(size, shape, longest=math.inf):
+    """(w, h) in (H, W): scale and the two intervals of the whole image, centred, as large as fits; see letterbox."""
     (w, h), (H, W) = size, shape
-    scale = min(W / w, H / h)
+    scale = min(W / w, H / h, longest / max(w, h))
     nw, nh = max(round(w * scale), 1), max(round(h * scale), 1)
     left, top = (W - nw) // 2, (H - nh) // 2
     return scale, (0, w, left, left + nw), (0, h, top, top + nh)
 
 
-def letterbox(image, shape):
+def letterbox(image, shape, longest=math.inf, antialias=True):
     """
-    A picture (PIL.Image or (h, w, 3) uint8) centred in an input of (H, W) pixels, as large as fits, on grey.
+    An image (PIL.Image or (h, w, 3) uint8) centred in an input of (H, W) pixels, as large as fits, on grey.
     -> uint8 (H, W, 3), scale, (left, top); a box comes back by (box - (left, top, left, top)) / scale.
+
+    Two options reproduce YOLOv8's published figures: `longest` limits the longer side, so that the slack of a
+    rectangular batch is not filled by enlarging; antialias=False samples the four nearest pixels only.
     """
     image = to_tensor(image)                                         # (3, h, w)
-    scale, xs, ys = letterbox_intervals((image.shape[2], image.shape[1]), shape)
+    scale, xs, ys = letterbox_intervals((image.shape[2], image.shape[1]), shape, longest)
     canvas = torch.full((*shape, 3), PAD_VALUE, dtype=torch.uint8)   # (H, W, 3)
-    paste_resized(canvas.permute(2, 0, 1), image, xs, ys)
+    paste_resized(canvas.permute(2, 0, 1), image, xs, ys, antialias)
     return canvas.numpy(), scale, (xs[2], ys[2])
 
 
@@ -198,17 +204,16 @@ def rect_shape(sizes, imgsz, stride=32, pad=0.5):
 
 
 # --- augmentation -----------------------------------------------------------------------------------------------------
-# Each function takes its chances from `rng` alone and changes none of its arguments. A picture still to be placed is
-# (read, (w, h), boxes, labels): read() decodes it, and is called only if some of it will be seen.
+# Each function takes all its random numbers from `rng` and changes none of its arguments. An image that is still to be
+# placed is a tuple (read, (w, h), boxes, labels): read() decodes it, and is called only if part of it will be visible.
 
-def compose_mosaic(pictures, rng, shape, scale, translate):
+def compose_mosaic(images, rng, shape, scale, translate):
     """
-    One picture, or four as a mosaic, on an (H, W) input -> image (3, H, W), boxes (n, 4), labels (n,).
+    One image, or four as a mosaic, on an (H, W) input -> image (3, H, W), boxes (n, 4), labels (n,).
 
-    A mosaic is four pictures, each letterbox-sized, that meet corner to corner at a random centre of a canvas twice
-    the input; the canvas is zoomed by 1 ± scale, shifted by ± translate of the input, and the middle cut out. As one
-    map: canvas point X goes to (X - W) * zoom + shift. So it is enough to follow the centre, from which each picture
-    hangs by a corner.
+    A mosaic is four images, each letterbox-sized, that meet at a random centre of a canvas twice the input. The canvas
+    is zoomed by 1 ± scale, shifted by ± translate of the input, and the middle is cut out. In one map: canvas point X
+    goes to (X - W) * zoom + shift. So only the centre is transformed, and each image is placed by its corner there.
     """
     H, W = shape
     canvas = torch.full((3, H, W), PAD_VALUE, dtype=torch.uint8)
@@ -216,9 +221,9 @@ def compose_mosaic(pictures, rng, shape, scale, translate):
     shift = rng.uniform(0.5 - translate, 0.5 + translate, 2) * (W, H)
     meet = np.rint((rng.uniform(0.5, 1.5, 2) - 1) * (W, H) * zoom + shift)
     kept = [(np.zeros((0, 4), np.float32), np.zeros(0, np.int64))]
-    for corner, (read, (w, h), boxes, labels) in enumerate(pictures):
+    for corner, (read, (w, h), boxes, labels) in enumerate(images):
         grow = min(W / w, H / h) * zoom
-        if len(pictures) == 1:
+        if len(images) == 1:
             x, y = shift - (w * grow / 2, h * grow / 2)
         else:                                                       # 0 1 / 2 3: left and upper ones end at the centre
             x, y = meet - (w * grow * (corner % 2 == 0), h * grow * (corner < 2))
@@ -347,8 +352,8 @@ class DetectionDataset:
 
     def read(self, i, back=0):
         """
-        Image i, or the one `back` frames before it, as (3, h, w) uint8, at 1/shrink. None if it cannot be used, which
-        is said once; an earlier frame that cannot be used is one as grey as padding.
+        Image i, or the one `back` frames before it, as (3, h, w) uint8, at 1/shrink. None, and one printed warning, if
+        it cannot be used; an earlier frame that cannot be used is replaced by grey.
         """
         if i in self.broken or back and self.read(i) is None:        # without its last frame a clip is of no use
             return None
@@ -386,7 +391,7 @@ class DetectionDataset:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self))
 
     def mosaic_indices(self, epoch, index, count, rng):
-        """Some pictures to share a scene with picture `index`."""
+        """Some images to share a scene with image `index`."""
         block = self.augment.mosaic_block
         if not 0 < block < len(self):
             return rng.integers(len(self), size=count).tolist()
@@ -396,7 +401,7 @@ class DetectionDataset:
         start = min(self.position[index] // block * block, len(self) - block)
         return self.sorted[start + rng.integers(block, size=count)].tolist()
 
-    def picture(self, i, back, image=None):
+    def to_place(self, i, back, image=None):
         """Image i, or `back` frames before, for `scene`: (read, (w, h), boxes, labels), in pixels as decoded."""
         (w, h), shrink = self.sizes[i].tolist(), int(self.shrink[i])
         read = (lambda: self.read(i, back)) if image is None else (lambda: image)
@@ -414,11 +419,11 @@ class DetectionDataset:
 
     def scene(self, epoch, index, rng, mosaic, back, image=None):
         """Image `index` alone or, with probability `mosaic`, with three others, on one canvas."""
-        pictures = [self.picture(index, back, image)]
+        images = [self.to_place(index, back, image)]
         if rng.random() < mosaic:
-            pictures += [self.picture(i, back) for i in self.mosaic_indices(epoch, index, 3, rng)]
-            pictures = [pictures[i] for i in rng.permutation(4)]
-        return compose_mosaic(pictures, rng, self.shape, self.augment.scale_aug, self.augment.translate)
+            images += [self.to_place(i, back) for i in self.mosaic_indices(epoch, index, 3, rng)]
+            images = [images[i] for i in rng.permutation(4)]
+        return compose_mosaic(images, rng, self.shape, self.augment.scale_aug, self.augment.translate)
 
     def augmented(self, epoch, index, late=False, back=0):
         """The whole recipe, in its order, the same numbers for every frame of a clip. late: no Mosaic and MixUp."""
@@ -442,7 +447,7 @@ class DetectionDataset:
         return index, *sample
 
     def __getitem__(self, key):
-        """key: (epoch, index), or an index alone, of epoch 0. Of the epoch's fraction only no_aug_epoch depends."""
+        """key: (epoch, index), or index alone for epoch 0. A fraction of an epoch matters for no_aug_epoch only."""
         when, index = key if isinstance(key, tuple) else (0, key)
         epoch, index, late = int(when), int(index), self.no_aug_epoch is not None and when >= self.no_aug_epoch
         if self.augment is None:
@@ -472,12 +477,8 @@ def collate(samples):
 
 def max_pairwise_iou(boxes):
     """For each of boxes (n, 4): its largest IoU with another one, (n,)."""
-    low, high = np.maximum(boxes[:, None, :2], boxes[:, :2]), np.minimum(boxes[:, None, 2:], boxes[:, 2:])
-    common = (high - low).clip(0).prod(2)                            # (n, n)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    iou = common / (area[:, None] + area - common)
-    np.fill_diagonal(iou, 0)
-    return iou.max(1, initial=0)
+    boxes = torch.from_numpy(boxes)
+    return box_iou(boxes, boxes).fill_diagonal_(0).numpy().max(1, initial=0)
 
 
 def describe(data, imgsz):

@@ -325,7 +325,7 @@ def detect_video(model, file, name, add, **settings):
 
 
 def check_settings(model, files):
-    """Settings that cannot be meant raise InputError; -> the score threshold."""
+    """Raises InputError for settings that cannot be meant."""
     here, folders = os.path.realpath(out_dir), {os.path.dirname(file) for file in files}
     for wrong, sentence in (
             (not 0 <= conf <= 1, f'--conf={conf}: a score lies in 0..1'),
@@ -341,6 +341,10 @@ def check_settings(model, files):
         if wrong:
             raise InputError(sentence)
     input_shape(model, imgsz)
+
+
+def score_threshold(model):
+    """--conf, or with --conf=0 the score of best F1; never below what NMS inside an ONNX file has left."""
     lowest = 0.0
     if isinstance(model, OnnxModel) and model.has_detections:
         lowest = float(model.conf or 0)
@@ -359,7 +363,8 @@ def check_settings(model, files):
 def main():
     files = list_images(source)
     model = load_model(weights, device, nms=nms)
-    threshold = check_settings(model, files)
+    check_settings(model, files)
+    threshold = score_threshold(model)
     try:
         os.makedirs(os.path.join(out_dir, 'labels') if save_txt else out_dir, exist_ok=True)
     except OSError as e:

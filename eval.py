@@ -22,8 +22,9 @@ outside it are *ignored*, and a detection matched to one of them counts neither 
 this by area, and so do we: on a copy, an object's `area` is the number of its bin and the area range is that number.
 There is one trap. pycocotools also ignores unmatched detections whose own area lies outside the range, which is right
 for sizes (a large false positive is no small object) and wrong here, where a false positive has no overlap bin. So
-detections get the area NaN, which lies outside of no range, and an unmatched one is a false positive in *every* bin.
-A bin with few objects then bears the false positives of all: compare models by AP, bins by recall.
+detections get the area NaN: it compares false with both limits of a range, so it never lies outside of one, and an
+unmatched detection is a false positive in *every* bin. A bin with few objects then bears the false positives of all:
+compare models by AP, bins by recall.
 
 What it does not do: masks, keypoints, test-time augmentation, any AP of its own.
 Papers: COCO, Lin et al. 2014 (1405.0312); recall by overlap, CrowdHuman, Shao et al. 2018 (1805.00123).
@@ -33,6 +34,7 @@ import concurrent.futures
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -40,7 +42,6 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -48,7 +49,7 @@ from pycocotools.cocoeval import COCOeval
 
 from checkpoint import check_best_f1, read_weights
 from configurator import InputError, configure
-from data import PAD_VALUE, DetectionDataset, letterbox, load_image, rect_shape, resize, to_tensor
+from data import PAD_VALUE, DetectionDataset, letterbox, load_image, rect_shape
 from labels import ground_truth, read_coco, read_labels
 from model import HSVDET, select_detections
 
@@ -275,32 +276,12 @@ def cpu_count():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
-def prepare(image, shape, longest=None, antialias=True):
-    """
-    data.letterbox, or what YOLOv8's figures were taken with: no enlarging beyond `longest` pixels where a rectangular
-    batch leaves slack, and bilinear interpolation between the nearest pixels only (antialias=False).
-    """
-    if longest is None and antialias:
-        return letterbox(image, shape)
-    (w, h), (H, W) = image.size, shape
-    scale = min(H / h, W / w, (longest or np.inf) / max(w, h))
-    nh, nw = max(round(h * scale), 1), max(round(w * scale), 1)
-    top, left = (H - nh) // 2, (W - nw) // 2
-    x, canvas = to_tensor(image), np.full((H, W, 3), PAD_VALUE, np.uint8)
-    if antialias:
-        x = resize(x, nh, nw)                                        # (3, nh, nw)
-    else:
-        x = (F.interpolate(x[None].float(), (nh, nw), mode='bilinear')[0] + 0.5).byte()         # (3, nh, nw)
-    canvas[top:top + nh, left:left + nw] = x.permute(1, 2, 0).numpy()
-    return canvas, scale, (left, top)
-
-
 def undo_letterbox(rows, scale, corner, size):
     """Detections (n, 6) in input pixels -> in pixels of the image of `size` (w, h), clipped to it."""
     return np.concatenate([((rows[:, :4] - np.tile(corner, 2)) / scale).clip(0, np.tile(size, 2)), rows[:, 4:]], 1)
 
 
-def load(dataset, row, shape, longest, antialias):
+def load_sample(dataset, row, shape, longest, antialias):
     """
     -> row, canvas (H, W, 3) or of a clip (F, H, W, 3), scale, corner, seconds, error: None, or why the image cannot be
     used (all is grey).
@@ -315,7 +296,7 @@ def load(dataset, row, shape, longest, antialias):
                 images.insert(0, load_image(file, size))
             except InputError:
                 images.insert(0, Image.new('RGB', size, (PAD_VALUE,) * 3))
-        frames = [prepare(image, shape, longest, antialias) for image in images]
+        frames = [letterbox(image, shape, longest, antialias) for image in images]
         canvas = np.stack([frame for frame, _, _ in frames])                          # (F, H, W, 3)
         return row, canvas.reshape(*clip, *canvas.shape[1:]), *frames[-1][1:], time.perf_counter() - start, None
     except InputError as e:
@@ -323,13 +304,13 @@ def load(dataset, row, shape, longest, antialias):
 
 
 def load_batches(dataset, batches, shape, rect, antialias):
-    """Yields lists of `load`'s results, one for each batch of rows; threads are at work on the next two."""
+    """Yields lists of `load_sample`'s results, one for each batch of rows; threads are at work on the next two."""
     with concurrent.futures.ThreadPoolExecutor(min(8, cpu_count())) as pool:
         def submit(rows):
-            how = (shape, None, antialias)
+            how = (shape, math.inf, antialias)
             if rect:
                 how = (rect_shape(dataset.sizes[rows], max(shape)), max(shape), antialias)
-            return [pool.submit(load, dataset, row, *how) for row in rows]
+            return [pool.submit(load_sample, dataset, row, *how) for row in rows]
 
         ahead = collections.deque(submit(rows) for rows in batches[:2])
         for b in range(len(batches)):
@@ -405,21 +386,22 @@ def match_detections(objects, detections, binned=False, **params):
         for i, (image, x, y, w, h, score, category) in enumerate(detections.tolist(), 1)])
     gt.createIndex()
     dt.createIndex()
-    E = COCOeval(gt, dt, 'bbox')
-    E.params.imgIds = sorted({*gt.imgToAnns, *dt.imgToAnns})         # in the others there is nothing to match
+    coco_eval = COCOeval(gt, dt, 'bbox')
+    coco_eval.params.imgIds = sorted({*gt.imgToAnns, *dt.imgToAnns})         # in the others there is nothing to match
     for name, value in params.items():
-        setattr(E.params, name, value)
-    E.evaluate()
-    return E
+        setattr(coco_eval.params, name, value)
+    coco_eval.evaluate()
+    return coco_eval
 
 
-def matched_scores(E):
+def matched_scores(coco_eval):
     """
     One class, all sizes, IoU 0.5 -> scores (n,) of its detections, whether each was matched to an object (n,), and the
     number of objects; crowd regions, and what was matched to them, left out.
     """
     scores, correct, objects = [np.zeros(0)], [np.zeros(0, bool)], 0
-    for e in filter(None, E.evalImgs[:len(E.params.imgIds)]):        # ordered by area range, of which "all" comes first
+    images = len(coco_eval.params.imgIds)
+    for e in filter(None, coco_eval.evalImgs[:images]):              # ordered by area range, of which "all" comes first
         counted = ~e['dtIgnore'][0].astype(bool)
         scores.append(np.array(e['dtScores'])[counted])
         correct.append(e['dtMatches'][0][counted] > 0)
@@ -444,22 +426,41 @@ def run_cocoeval(coco_gt, detections, bins=None):
     with contextlib.redirect_stdout(io.StringIO()):                  # pycocotools prints
         for category in sorted(by_category):
             mine = detections[detections[:, 6] == category]
-            E = match_detections(by_category[category], mine, catIds=[category], **how)
+            coco_eval = match_detections(by_category[category], mine, catIds=[category], **how)
             if bins is None:
-                matches[category] = matched_scores(E)
-            E.accumulate()
-            parts.append(E.eval)
-    E.eval = dict(precision=np.concatenate([p['precision'] for p in parts], 2),
+                matches[category] = matched_scores(coco_eval)
+            coco_eval.accumulate()
+            parts.append(coco_eval.eval)
+    coco_eval.eval = dict(precision=np.concatenate([p['precision'] for p in parts], 2),
                   recall=np.concatenate([p['recall'] for p in parts], 1))
-    E.params.catIds, E.matches = sorted(by_category), matches
-    return E
+    coco_eval.params.catIds, coco_eval.matches = sorted(by_category), matches
+    return coco_eval
 
 
-def coco_summary(E):
+def coco_summary(coco_eval):
     """The twelve COCO numbers as a dict; None: no such objects."""
     with contextlib.redirect_stdout(io.StringIO()):
-        E.summarize()
-    return {key: None if value < 0 else float(value) for key, value in zip(KEYS, E.stats, strict=True)}
+        coco_eval.summarize()
+    return {key: None if value < 0 else float(value) for key, value in zip(KEYS, coco_eval.stats, strict=True)}
+
+
+def best_f1(coco_eval, category=None):
+    """
+    dict(score, P, R, F1): the threshold (detections of this score and above stay) at which F1 of a category, or of all
+    categories counted together, is largest at IoU 0.5. All None without objects or without detections.
+    """
+    parts = list(coco_eval.matches.values()) if category is None else [coco_eval.matches[category]]
+    scores, correct = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    objects = sum(part[2] for part in parts)
+    if not objects or not len(scores):
+        return dict(score=None, P=None, R=None, F1=None)
+    order = np.argsort(-scores, kind='stable')
+    scores, true_positives = scores[order], correct[order].cumsum()  # (n,) each
+    f1 = 2 * true_positives / (np.arange(1, len(scores) + 1) + objects)
+    f1[:-1][scores[1:] == scores[:-1]] = -1                          # no threshold separates equal scores
+    best = f1.argmax()
+    metrics = dict(P=true_positives[best] / (best + 1), R=true_positives[best] / objects, F1=f1[best])
+    return dict(score=float(scores[best])) | {name: round(float(value), 5) for name, value in metrics.items()}
 
 
 def evaluate(model, dataset, imgsz, nms_iou=0.7, rank=0, world_size=1, **settings):
@@ -474,47 +475,29 @@ def evaluate(model, dataset, imgsz, nms_iou=0.7, rank=0, world_size=1, **setting
         torch.distributed.gather_object(table, parts if rank == 0 else None)
     if rank == 0:
         coco_gt = dataset.coco()
-        E = run_cocoeval(coco_gt, np.concatenate(parts))
-        by_class = {c['name']: best_f1(E, c['id']) for c in coco_gt['categories']}
-        numbers = [coco_summary(E) | dict(best_f1=best_f1(E) | dict(by_class=by_class))]
+        coco_eval = run_cocoeval(coco_gt, np.concatenate(parts))
+        by_class = {c['name']: best_f1(coco_eval, c['id']) for c in coco_gt['categories']}
+        numbers = [coco_summary(coco_eval) | dict(best_f1=best_f1(coco_eval) | dict(by_class=by_class))]
     if world_size > 1:
         torch.distributed.broadcast_object_list(numbers)
     return numbers[0]
 
 
-# --- more figures ----------------------------------------------------------------------------------------------------
+# --- more metrics ----------------------------------------------------------------------------------------------------
 
-def mean_figures(E, k=slice(None), a=0):
+def mean_metrics(coco_eval, k=slice(None), a=0):
     """AP, AP50, AR100 and the recall at IoU 0.5 of class k (of all) in range a; -1 marks a class without objects."""
-    p, r = E.eval['precision'][:, :, k, a, -1], E.eval['recall'][:, k, a, -1]                   # (T, R, K), (T, K)
+    p, r = coco_eval.eval['precision'][:, :, k, a, -1], coco_eval.eval['recall'][:, k, a, -1]   # (T, R, K), (T, K)
     parts = dict(AP=p, AP50=p[:1], AR100=r, recall50=r[:1])
     return {name: round(float(x[x > -1].mean()), 5) if (x > -1).any() else None for name, x in parts.items()}
 
 
-def best_f1(E, category=None):
-    """
-    dict(score, P, R, F1): the threshold (detections of this score and above stay) at which F1 of a category, or of all
-    categories counted together, is largest at IoU 0.5. All None without objects or without detections.
-    """
-    parts = list(E.matches.values()) if category is None else [E.matches[category]]
-    scores, correct = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-    objects = sum(part[2] for part in parts)
-    if not objects or not len(scores):
-        return dict(score=None, P=None, R=None, F1=None)
-    order = np.argsort(-scores, kind='stable')
-    scores, true_positives = scores[order], correct[order].cumsum()  # (n,) each
-    f1 = 2 * true_positives / (np.arange(1, len(scores) + 1) + objects)
-    f1[:-1][scores[1:] == scores[:-1]] = -1                          # no threshold separates equal scores
-    best = f1.argmax()
-    figures = dict(P=true_positives[best] / (best + 1), R=true_positives[best] / objects, F1=f1[best])
-    return dict(score=float(scores[best])) | {name: round(float(value), 5) for name, value in figures.items()}
-
-
-def per_class(E, coco_gt):
+def per_class(coco_eval, coco_gt):
     """{class name: AP, AP50, AR100, recall50, objects, and best_f1's score, P, R, F1}"""
     count = collections.Counter(a['category_id'] for a in coco_gt['annotations'] if not a['iscrowd'])
     name = {c['id']: c['name'] for c in coco_gt['categories']}
-    return {name[i]: dict(mean_figures(E, k), objects=count[i], **best_f1(E, i)) for k, i in enumerate(E.params.catIds)}
+    return {name[i]: dict(mean_metrics(coco_eval, k), objects=count[i], **best_f1(coco_eval, i))
+            for k, i in enumerate(coco_eval.params.catIds)}
 
 
 def under_occlusion(coco_gt, detections):
@@ -531,12 +514,12 @@ def under_occlusion(coco_gt, detections):
         np.fill_diagonal(iou, 0)
         overlap[r], company[r] = iou.max(1), len(r)
     bins = np.digitize(overlap, [0.1, 0.3, 0.5], right=True)
-    E = run_cocoeval(coco_gt, detections, bins)
-    table = {BINS[b]: dict(mean_figures(E, a=b), objects=int((bins[company > 0] == b).sum())) for b in range(4)}
+    coco_eval = run_cocoeval(coco_gt, detections, bins)
+    table = {BINS[b]: dict(mean_metrics(coco_eval, a=b), objects=int((bins[company > 0] == b).sum())) for b in range(4)}
     crowded = {image for image, r in rows.items() if len(r) > 20}
     subset = dict(coco_gt, annotations=[a for a in annotations if a['image_id'] in crowded])
-    E = run_cocoeval(subset, detections[np.isin(detections[:, 0], list(crowded))])
-    return table | {BINS[4]: dict(mean_figures(E), objects=int((company > 20).sum()))}
+    coco_eval = run_cocoeval(subset, detections[np.isin(detections[:, 0], list(crowded))])
+    return table | {BINS[4]: dict(mean_metrics(coco_eval), objects=int((company > 20).sum()))}
 
 
 def match_at_half(coco_gt, detections, by_class=True):
@@ -545,11 +528,11 @@ def match_at_half(coco_gt, detections, by_class=True):
     where it has none (a false positive), -2 where it counts neither way, in a crowd region; which objects were missed.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        E = match_detections(coco_gt['annotations'], detections, useCats=int(by_class), iouThrs=np.array([0.5]),
+        coco_eval = match_detections(coco_gt['annotations'], detections, useCats=int(by_class), iouThrs=np.array([0.5]),
                              maxDets=[max(1, len(detections))], areaRng=[[0, 1e10]],
                              catIds=[c['id'] for c in coco_gt['categories']])
     matched, missed = np.full(len(detections), -1), np.zeros(len(coco_gt['annotations']), bool)
-    for e in filter(None, E.evalImgs):
+    for e in filter(None, coco_eval.evalImgs):
         found, objects = np.array(e['dtIds'], int) - 1, np.array(e['gtIds'], int) - 1
         matched[found] = np.where(e['dtIgnore'][0], -2, e['dtMatches'][0].astype(int) - 1)
         missed[objects] = (e['gtMatches'][0] == 0) & (np.array(e['gtIgnore']) == 0)
@@ -670,9 +653,9 @@ def main():
         tables = [table[np.isin(table[:, 6], known)] for table in tables]
         speed = dict(images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2))
     evaluations = [run_cocoeval(coco_gt, table) for table in tables]
-    numbers = [coco_summary(E) for E in evaluations]
+    numbers = [coco_summary(coco_eval) for coco_eval in evaluations]
     best = max(range(len(tables)), key=lambda i: numbers[i]['AP'] or 0)
-    E, table, summary = evaluations[best], tables[best], numbers[best] | speed
+    coco_eval, table, summary = evaluations[best], tables[best], numbers[best] | speed
     if summary['AP'] is None:
         print('the ground truth has no objects: there is no AP')
     elif not len(table):
@@ -682,12 +665,12 @@ def main():
         columns = ('AP', 'AP50', 'AP75', 'AR100')
         show('NMS IoU', {str(iou): {key: one[key] for key in columns} for iou, one in zip(ious, numbers, strict=True)})
     if by_class or report:
-        summary['by_class'] = per_class(E, coco_gt)
+        summary['by_class'] = per_class(coco_eval, coco_gt)
         show('class', summary['by_class'])
     if occlusion or report:
         summary['occlusion'] = under_occlusion(coco_gt, table)
         show('overlap with another object', summary['occlusion'])
-    summary['best_f1'] = best_f1(E)
+    summary['best_f1'] = best_f1(coco_eval)
     show('best F1, IoU 0.5', {'all classes': summary['best_f1']})
     summary['duplicates'] = duplicates(coco_gt, table)
     print(f'\nduplicates: {summary["duplicates"]:.3f} per object at score 0.25')
@@ -699,14 +682,14 @@ def main():
         if plots or report:
             from report import draw_plots, make_page  # here, as it imports this file
         if plots:
-            draw_plots(E, coco_gt, table, folder)
+            draw_plots(coco_eval, coco_gt, table, folder)
         if report:
             with contextlib.suppress(InputError):                    # images that are elsewhere: then no pictures
                 dataset = dataset or DetectionDataset(data, images=images)
             folder = folder or os.path.dirname(from_json or weights)
-            make_page(folder, data, coco_gt, E, table, summary, dataset, model, weights, clock,
+            make_page(folder, data, coco_gt, coco_eval, table, summary, dataset, model, weights, clock,
                       settings | dict(ious=(ious[best],)))
-    finally:                                                         # the figures are not lost with a picture
+    finally:                                                         # the metrics are not lost with a picture
         print(json.dumps(summary))
 
 

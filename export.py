@@ -316,11 +316,8 @@ def check(model, network, path, shape, dynamic=False, dataset=None, min_score=0.
     return worst, explained
 
 
-def output_path():
-    """The settings that exclude each other raise InputError; -> the file to write."""
-    suffix = '.onnx' if format == 'onnx' else '.pt2'
-    marker = '' if precision == 'fp32' else f'_{precision}'
-    path = out or os.path.splitext(weights)[0] + marker + suffix
+def check_settings(path, suffix):
+    """Raises InputError for settings that exclude each other, or a file that cannot be written."""
     for wrong, sentence in (
             (format not in ('onnx', 'torch_export'), f'--format={format}: it is onnx or torch_export'),
             (precision not in ('fp32', 'fp16', 'int8'), f'--precision={precision}: it is fp32, fp16 or int8'),
@@ -337,11 +334,12 @@ def output_path():
              f'{path} cannot be written: name another, --out=')):
         if wrong:
             raise InputError(sentence)
-    return path
 
 
 def main():
-    path = output_path()
+    suffix = '.onnx' if format == 'onnx' else '.pt2'
+    path = out or os.path.splitext(weights)[0] + ('' if precision == 'fp32' else f'_{precision}') + suffix
+    check_settings(path, suffix)
     model = load_model(weights, nms=not one2one).to(memory_format=torch.contiguous_format)
     if one2one and 'one2one_head' not in dict(model.named_children()):
         raise InputError(f'--one2one=True: {weights} has no one-to-one head, train with --one2one=True or leave the '

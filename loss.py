@@ -5,10 +5,10 @@ What the network is trained on: boxes compared (IoU, GIoU, CIoU), objects assign
     cls   binary cross entropy    between class logits and soft targets               x 0.5
     dfl   two-bin cross entropy   between 16-bin distances to sides and true ones     x 1.5
 
-Every point has one job: it is background, or it answers for exactly one object. `assign` decides which, anew at every
-step, from what the network says itself: of the points inside an object's box up to ten that already describe it best
-(class score and overlap) are the ones taught to describe it better, and the soft class target ranks them. A point is
-the centre of a cell of the maps P3, P4 and P5, which are 1/8, 1/16 and 1/32 of the image's size.
+Each point is either background or responsible for exactly one object. `assign` decides which at every step, from the
+network's current predictions: of the points inside an object's box, the (up to) ten whose class score and overlap with
+it are best are trained on this object, and the soft class target ranks them. A point is the centre of a cell of the
+maps P3, P4 and P5, which are 1/8, 1/16 and 1/32 of the image's size.
 
 Boxes are xyxy in pixels of the network input everywhere. Nothing here imports anything of ours.
 
@@ -43,7 +43,7 @@ def bbox_iou(a, b, kind='iou', eps=1e-7):
     bx1, by1, bx2, by2 = b.unbind(-1)
     aw, ah, bw, bh = ax2 - ax1, ay2 - ay1, bx2 - bx1, by2 - by1
     intersection = ((torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-              * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0))
+                    * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0))
     union = aw * ah + bw * bh - intersection + eps
     iou = intersection / union
     if kind == 'iou':
@@ -69,13 +69,13 @@ def ciou(a, b):
 
 def make_anchor_points(maps, strides=(8, 16, 32)):
     """The centres of all cells in pixels, points (A, 2) as x, y and their stride (A, 1): P3, P4, P5 in row order."""
-    points, sizes = [], []
+    points, cell_strides = [], []
     for m, s in zip(maps, strides, strict=True):
         H, W = m.shape[2:]
         y, x = torch.meshgrid(torch.arange(H, device=m.device), torch.arange(W, device=m.device), indexing='ij')
         points.append((torch.stack((x, y), -1).reshape(-1, 2).float() + 0.5) * s)
-        sizes.append(points[-1].new_full((H * W, 1), s))
-    return torch.cat(points), torch.cat(sizes)
+        cell_strides.append(points[-1].new_full((H * W, 1), s))
+    return torch.cat(points), torch.cat(cell_strides)
 
 
 def flatten_maps(maps):
@@ -107,8 +107,8 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
 
     All objects of the batch form one list of G objects, worked through in chunks of `budget` object-point pairs, so
     that 2,000 objects on 33,600 points need tens of megabytes instead of gigabytes (about 200 where all boxes cover the
-    whole image); no result depends on the chunking. The host waits for a GPU once, and once per chunk, so there they
-    are four times as large.
+    whole image); no result depends on the chunking. Every chunk makes the CPU wait for the GPU once, so chunks are four
+    times as large there.
     """
     B, A, K = scores.shape
     budget = budget or (2 ** 22 if scores.is_cuda else 2 ** 20)
@@ -121,33 +121,33 @@ def assign(scores, boxes, points, gt_labels, gt_boxes, topk=10, alpha=0.5, beta=
     scores, boxes = scores.reshape(-1, K), boxes.reshape(-1, 4)                       # (B * A, K), (B * A, 4)
 
     # 1) an object claims the topk points inside its box with the highest alignment metric, score^alpha * CIoU^beta
-    num_claims = torch.zeros(B * A, dtype=torch.long, device=scores.device)         # how many objects claim this point
-    claiming_gt = torch.zeros_like(num_claims)                                # one of them (it, if it is the only one)
-    best = torch.full_like(num_claims, -1)                                         # who overlaps this point's box most
-    step = max(1, budget // A)
-    for first in range(0, G, step):
-        g = slice(first, first + step)
+    num_claims = torch.zeros(B * A, dtype=torch.long, device=scores.device)           # how many objects claim a point
+    claiming_gt = torch.zeros_like(num_claims)                            # one of them; used where it is the only one
+    best_key = torch.full_like(num_claims, -1)                          # sort key (see below) of the best object there
+    chunk = max(1, budget // A)                                                       # objects at a time
+    for first in range(0, G, chunk):
+        g = slice(first, first + chunk)
         x1, y1, x2, y2 = box[g, :, None].unbind(1)                                    # (g, 1) each
         inside = (points[:, 0] > x1) & (points[:, 0] < x2) & (points[:, 1] > y1) & (points[:, 1] < y2)  # (g, A)
-        o, a = inside.nonzero(as_tuple=True)                                          # (P,) object-point pairs
-        at = image[g][o] * A + a                                                      # (P,) the point in its batch
-        iou = ciou(box[g][o], boxes[at]).clamp_(min=0)                                # (P,)
-        alignment_metric = scores[at, label[g][o]] ** alpha * iou ** beta
+        obj, point = inside.nonzero(as_tuple=True)                                    # (P,) pairs: point inside object
+        row = image[g][obj] * A + point                                               # (P,) that point among B * A
+        iou = ciou(box[g][obj], boxes[row]).clamp_(min=0)                             # (P,)
+        alignment_metric = scores[row, label[g][obj]] ** alpha * iou ** beta          # (P,)
         metrics = torch.zeros(inside.shape, dtype=alignment_metric.dtype, device=alignment_metric.device)  # (g, A)
-        metrics[o, a] = alignment_metric
-        top, point = metrics.topk(min(topk, A), 1)                                    # (g, topk)
-        claims = (top > 0).long()                                                     # metric 0: no claim
-        claimed = (image[g, None] * A + point).flatten()
-        num_claims.index_add_(0, claimed, claims.flatten())
-        index = torch.arange(first, first + len(top), device=top.device)[:, None]     # (g, 1) into the list of G
-        claiming_gt.scatter_reduce_(0, claimed, (claims * index).flatten(), 'amax')
-        # the IoU's bits order like the IoU; with the object below them, one maximum finds the best and, of equals,
-        # the first
-        key = (iou.float().view(torch.int32).long() << 32) + (G - 1 - first - o)
-        best.scatter_reduce_(0, at, key, 'amax')
+        metrics[obj, point] = alignment_metric
+        top_metric, top_point = metrics.topk(min(topk, A), 1)                         # (g, topk)
+        claims = (top_metric > 0).long()                                              # metric 0: no claim
+        claimed_row = (image[g, None] * A + top_point).flatten()
+        num_claims.index_add_(0, claimed_row, claims.flatten())
+        gt = torch.arange(first, first + len(top_metric), device=boxes.device)[:, None]  # (g, 1) into the list of G
+        claiming_gt.scatter_reduce_(0, claimed_row, (claims * gt).flatten(), 'amax')
+        # a sort key of 64 bits: the IoU's bits (those of a float >= 0 order like the float) above G - 1 - object. Its
+        # maximum is the highest IoU and, of equal ones, the first object
+        key = (iou.float().view(torch.int32).long() << 32) + (G - 1 - first - obj)
+        best_key.scatter_reduce_(0, row, key, 'amax')
 
     # 2) a point claimed by several goes to the object with the highest CIoU among all that contain it
-    gt_idx = torch.where(num_claims > 1, G - 1 - (best & 0xffffffff), claiming_gt)    # (B * A,) into the list of G
+    gt_idx = torch.where(num_claims > 1, G - 1 - (best_key & 0xffffffff), claiming_gt)  # (B * A,) into the list of G
     foreground = num_claims > 0                                                       # (B * A,) elsewhere gt_idx is 0
     assigned_gt_idx = slot[gt_idx].masked_fill(~foreground, -1).view(B, A)
 

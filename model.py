@@ -214,14 +214,14 @@ class Detect(nn.Module):
 @torch.no_grad()
 def nms(boxes, scores, labels, iou_threshold, max_det=300):
     """
-    Exact greedy NMS. boxes (P, 4) xyxy, scores (P,), labels (P,) -> indices of the kept ones, at most max_det, by
-    falling score; of equal scores the lower index comes first. A box goes when a kept box of its own class overlaps it
-    by more than iou_threshold.
+    Exact greedy NMS. boxes (P, 4) xyxy, scores (P,), labels (P,) -> indices of the kept boxes by falling score, at most
+    max_det; of equal scores the lower index comes first. A kept box suppresses every box of its class that comes after
+    it and overlaps it by more than iou_threshold.
 
-    Classes are compared. (Shifting every class's boxes by 7,680 px to tell them apart leaves float32 a grid of 1/16 px
-    and overflows float16 from class 9 on.) The candidates are taken in blocks, best first: those that survive the
-    kept boxes so far settle among themselves, on a matrix of one block, and the walk ends as soon as max_det are kept.
-    Memory is bounded by (kept + block) x block, time by what is kept; no clock ends it early.
+    Labels are compared directly. (The usual trick, shifting each class's boxes by 7,680 px so that classes never
+    overlap, leaves float32 a grid of 1/16 px and overflows float16 from class 9 on.) Candidates are processed in blocks
+    in order of score: drop those that an already kept box suppresses, then run greedy NMS within the block. It stops
+    once max_det boxes are kept. Memory is bounded by (kept + block) x block; no time limit ends it early.
     """
     order = scores.argsort(descending=True, stable=True)
     boxes, labels = boxes[order].float(), labels[order]
@@ -236,8 +236,8 @@ def nms(boxes, scores, labels, iou_threshold, max_det=300):
         new = torch.arange(first, min(first + block, len(order)), device=boxes.device)
         if len(kept):
             new = new[~suppresses(kept, new).any(0)]
-        # Greedy on a matrix: a candidate stays unless one that stays hits it. Start with "all stay" and repeat. After t
-        # rounds the best t have their final answer, so this ends, and in practice within a few rounds.
+        # Greedy NMS on a matrix: a candidate stays unless one that stays suppresses it. Start with "all stay" and
+        # repeat. After t rounds the first t candidates are final, so this ends, in practice within a few rounds.
         m = suppresses(new, new).triu_(1)
         stay = torch.ones(len(new), dtype=torch.bool, device=boxes.device)
         while True:
@@ -276,12 +276,6 @@ def call(layer, *x):
     return layer(*x)
 
 
-def recompute(layer, *x):
-    """layer(*x), its inner activations dropped and computed again in the backward pass: less memory, more time."""
-    return checkpoint(layer, *x, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), freeze_bn_stats(layer)))
-
-
 @contextlib.contextmanager
 def freeze_bn_stats(layer):
     """While a layer is recomputed for the backward pass its BatchNorms must not count the batch a second time."""
@@ -297,8 +291,14 @@ def freeze_bn_stats(layer):
             m.num_batches_tracked -= 1
 
 
-def scaled(scale):
-    """The widths of P1 to P5 and the function that scales a number of repeats."""
+def recompute(layer, *x):
+    """layer(*x), its inner activations dropped and computed again in the backward pass: less memory, more time."""
+    return checkpoint(layer, *x, use_reentrant=False,
+                      context_fn=lambda: (contextlib.nullcontext(), freeze_bn_stats(layer)))
+
+
+def scale_dims(scale):
+    """Channels of P1 to P5 at this scale, and a function from a C2f's number of bottlenecks at scale l to that here."""
     depth, width, largest = SCALES[scale]
     channels = [math.ceil(min(c, largest) * width / 8) * 8 for c in (64, 128, 256, 512, 1024)]
     return channels, lambda repeats: max(1, round(repeats * depth))
@@ -312,7 +312,7 @@ class Backbone(nn.Module):
 
     def __init__(self, scale):
         super().__init__()
-        (c1, c2, c3, c4, c5), n = scaled(scale)
+        (c1, c2, c3, c4, c5), n = scale_dims(scale)
         self.channels = c3, c4, c5
         self.stem = Conv(3, c1, 3, 2)
         self.down2 = Conv(c1, c2, 3, 2)
@@ -334,27 +334,22 @@ class Backbone(nn.Module):
         return p3, p4, run(self.sppf, p5)
 
 
-class Taken(NamedTuple):
-    """What a block selected of B images, for other blocks to attend to."""
-    cells: torch.Tensor                                                               # (B, k) row-major
+class SelectedTokens(NamedTuple):
+    """The tokens that a block selected in B images, for other blocks to attend to."""
+    cells: torch.Tensor                                                               # (B, k) row-major cell indices
     kept: torch.Tensor | None                                                         # (B, k) bool; None: all of them
     tokens: torch.Tensor                                                              # (B, k, C), of the block's output
 
-    def count(self):
-        """(B,): how many tokens each image kept."""
-        B, k = self.cells.shape
-        return self.kept.sum(1) if self.kept is not None else self.cells.new_full((B,), k)
 
-
-class FrameCode(nn.Module):
-    """What a block took in earlier frames, newest first, with a learned code of its age: pairs for attend()."""
+class FrameEmbedding(nn.Module):
+    """Adds a learned embedding of its age to what a block selected in each earlier frame, newest first; for attend."""
 
     def __init__(self, frames, c):
         super().__init__()
         self.code = nn.Parameter(torch.zeros(frames, c))
 
     def forward(self, earlier):
-        return [(taken.tokens + self.code[age], taken.kept) for age, taken in enumerate(earlier)]
+        return [(selected.tokens + self.code[age], selected.kept) for age, selected in enumerate(earlier)]
 
 
 class HSVDET(nn.Module):
@@ -392,15 +387,16 @@ class HSVDET(nn.Module):
     those of the one-to-many head, cleaned by NMS (True), or those of the one-to-one head where there is one, as they
     are (False); fixed_imgsz, the only (H, W) it takes, or None for any; frames, how many earlier frames it remembers.
 
-    Memory. memory='scale': what P5's block selected, enriched, is offered to P4's block, through a linear map between
-    their widths whose bias is the level's code. memory='time': what a block selected in the last `frames` frames is
-    offered to it, plus a learned code per frame. The memory of frames is an argument and a result (see features), so a
-    new clip starts with None. In training a sample is a whole clip (B, F, 3, H, W), through which gradients flow;
-    nothing outlives it, so nothing has to be detached between steps. With pos the tokens carry their cell's code.
+    Memory. memory='scale': the tokens that P5's block selected, taken from its output, are extra keys and values for
+    P4's block. A linear layer maps them to P4's width; its bias is the level embedding. memory='time': the tokens that
+    a block selected in the last `frames` frames are extra keys and values for the same block, plus a learned embedding
+    of their age. That state is passed in and returned (see forward_frame); it is None at the start of a clip. In
+    training a sample is a whole clip (B, F, 3, H, W) and gradients flow through all of its frames; no state survives
+    the step. With pos=True these tokens carry the positional encoding of their cell.
     """
 
     LOSSES = ('box', 'cls', 'dfl')                                                    # of each part, for the log
-    rect = True                                 # trained on squares it takes rectangles too, for it sees no borders
+    rect = True                # trained on squares it takes rectangles too: convolutions and blocks work on any H x W
 
     def __init__(self, cfg):
         super().__init__()
@@ -410,24 +406,24 @@ class HSVDET(nn.Module):
         self.frames = cfg.frames if 'time' in cfg.memory else 0
         self.checkpointing = False
         self.nms = True
-        (_, _, c3, c4, c5), n = scaled(cfg.scale)
+        (_, _, c3, c4, c5), n = scale_dims(cfg.scale)
 
         k3, k4, k5 = cfg.each_k()
-        one = cfg                                                                     # what one level's block is told
-        if cfg.keep == 'joint':                                                       # it keeps what it wins, up to all
+        block_cfg = cfg                                                               # k is set for each level below
+        if cfg.keep == 'joint':                      # joint_counts divides one budget per image between both levels
             k4 = k5 = k4 + k5
-            one = replace(cfg, keep='')
+            block_cfg = replace(cfg, keep='')
         self.backbone = Backbone(cfg.scale)
-        self.block5 = make_block(cfg.attn[2], c5, replace(one, k=k5))
+        self.block5 = make_block(cfg.attn[2], c5, replace(block_cfg, k=k5))
 
         self.up4 = nn.Upsample(scale_factor=2)
         self.cat4 = Concat()
         self.fpn4 = C2f(c5 + c4, c4, n(3), False)
-        self.block4 = make_block(cfg.attn[1], c4, replace(one, k=k4))
+        self.block4 = make_block(cfg.attn[1], c4, replace(block_cfg, k=k4))
         self.up3 = nn.Upsample(scale_factor=2)
         self.cat3 = Concat()
         self.fpn3 = C2f(c4 + c3, c3, n(3), False)
-        self.block3 = make_block(cfg.attn[0], c3, replace(one, k=k3))
+        self.block3 = make_block(cfg.attn[0], c3, replace(block_cfg, k=k3))
         self.pan_down4 = Conv(c3, c3, 3, 2)
         self.pan_cat4 = Concat()
         self.pan4 = C2f(c3 + c4, c4, n(3), False)
@@ -439,8 +435,8 @@ class HSVDET(nn.Module):
         self.one2one_head = copy.deepcopy(self.detect_head) if cfg.one2one else None
         # Named as the blocks they belong to: these too are fresh in a model made from weights without them
         self.block4_scale = nn.Linear(c5, c4) if 'scale' in cfg.memory else None
-        self.block4_time = FrameCode(cfg.frames, c4) if 'time' in cfg.memory and selecting(self.block4) else None
-        self.block5_time = FrameCode(cfg.frames, c5) if 'time' in cfg.memory and selecting(self.block5) else None
+        self.block4_time = FrameEmbedding(cfg.frames, c4) if 'time' in cfg.memory and selecting(self.block4) else None
+        self.block5_time = FrameEmbedding(cfg.frames, c5) if 'time' in cfg.memory and selecting(self.block5) else None
 
     def blocks(self):
         """The attention blocks there are, by level: dict(p4=..., p5=...)."""
@@ -451,20 +447,20 @@ class HSVDET(nn.Module):
         """layer(*x); with `checkpointing` its inner activations are computed again in the backward pass."""
         return (recompute if self.checkpointing and self.training else call)(layer, *x)
 
-    def attend(self, block, x, offered=(), count=None):
+    def attend(self, block, x, extra_tokens=(), count=None):
         """
-        One block, if it is there, on x (B, C, H, W) -> its output, and what it selected: Taken, or None. offered: pairs
-        of tokens (B, T, C) and which of them count (B, T) bool, or None for all. count (B,): see select_tokens.
+        One block, if it is there, on x (B, C, H, W) -> its output, and its SelectedTokens or None. extra_tokens: pairs
+        of tokens (B, T, C) and which of them count, (B, T) bool, or None for all. count (B,): see select_tokens.
         """
         mixer = selecting(block)
         if mixer is None or not (self.cfg.memory or self.cfg.keep):
             return x if block is None else block(x), None
         memory = memory_mask = None
-        if offered:
-            memory = torch.cat([tokens for tokens, _ in offered], 1)                  # (B, T, C)
-            if any(kept is not None for _, kept in offered):
+        if extra_tokens:
+            memory = torch.cat([tokens for tokens, _ in extra_tokens], 1)             # (B, T, C)
+            if any(kept is not None for _, kept in extra_tokens):
                 memory_mask = torch.cat([tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if kept is None else kept
-                                         for tokens, kept in offered], 1)             # (B, T)
+                                         for tokens, kept in extra_tokens], 1)        # (B, T)
             if self.cfg.memory.endswith(':shuffled'):
                 memory = memory.roll(1, 0)
                 memory_mask = None if memory_mask is None else memory_mask.roll(1, 0)
@@ -474,17 +470,20 @@ class HSVDET(nn.Module):
         tokens = x.flatten(2).transpose(1, 2).gather(1, chosen.cells[..., None].expand(-1, -1, C))    # (B, k, C)
         if mixer.pos:
             tokens = tokens + sincos_2d(H, W, C, x.device).to(x.dtype)[chosen.cells]
-        return x, Taken(chosen.cells, chosen.kept, tokens)
+        return x, SelectedTokens(chosen.cells, chosen.kept, tokens)
 
     def joint_counts(self, p4, p5):
         """
-        How many tokens P4 and P5 keep of their common k4 + k5, (B,) each: how many of the k4 + k5 largest importances
-        of both maps are theirs. Norms of two levels are not comparable, so each map's are standardised first (mean 0,
-        variance 1, per image). P4's is the backbone's map, as P5's block runs before P4 is fused; which of its tokens
-        P4's block then keeps it decides on its own input. At least one each: attention over nothing is not defined.
+        One budget of k4 + k5 tokens for both levels -> how many of them P4 and P5 keep, (B,) each.
+
+        The importances of both maps are ranked together, and each level keeps as many tokens as it has among the first
+        k4 + k5, at least one (attention over nothing is undefined). Norms of two levels are not comparable, so each
+        map's are standardised first (mean 0, variance 1, per image). This happens before P5's block runs, so P4 is
+        counted on the backbone's map; which tokens P4's block then keeps is decided on its own, fused input.
         """
-        mixer = selecting(self.block4) or selecting(self.block5)      # norms, so either's; one may have been taken out
-        if mixer is None:                                                             # or both
+        # both blocks measure importance alike, so either will do; eval.remove_blocks may have taken out one or both
+        mixer = selecting(self.block4) or selecting(self.block5)
+        if mixer is None:
             return None, None
         scores = [mixer.importance(x) for x in (p4, p5)]
         scores = [(s - s.mean(1, keepdim=True)) / s.std(1, keepdim=True, correction=0).clamp(min=1e-6) for s in scores]
@@ -497,10 +496,10 @@ class HSVDET(nn.Module):
     def top_down(self, images, state=None):
         """
         The first half of the network, up to block4: images (B, 3, H, W) in 0..1 -> maps (p3, n4, p5); and, with memory
-        or keep, {'p4': Taken, 'p5': Taken} of the blocks that select tokens. Earlier frames of a clip need no more.
+        or keep, {'p4': SelectedTokens, 'p5': ...} of the blocks that select. Earlier frames of a clip need no more.
 
-        state: that of advance(), what blocks took in earlier frames: {level: [Taken of the last frame, of the one
-        before it, ...]}; None at the start of a clip.
+        state: what the blocks selected in earlier frames, {level: [SelectedTokens of the last frame, of the one before
+        it, ...]}, see next_state; None at the start of a clip.
         """
         if torch.compiler.is_exporting() and 'time' in self.cfg.memory:
             raise InputError('memory=time carries a state from frame to frame, which no exported file holds: run the '
@@ -511,48 +510,50 @@ class HSVDET(nn.Module):
 
         p3, p4, p5 = self.backbone(images, self.run)
         n4_count, n5_count = self.joint_counts(p4, p5) if self.cfg.keep == 'joint' else (None, None)
-        p5, taken5 = self.attend(self.block5, p5, earlier(self.block5_time, 'p5'), n5_count)
+        p5, selected5 = self.attend(self.block5, p5, earlier(self.block5_time, 'p5'), n5_count)
         # top-down: the deep maps know what things are and tell the shallow ones, which know where they are
         n4 = self.run(self.fpn4, self.cat4(self.up4(p5), p4))
-        offered = earlier(self.block4_time, 'p4')
-        if self.block4_scale is not None and taken5 is not None:                     # None: block5 was taken out
-            offered.append((self.block4_scale(taken5.tokens), taken5.kept))
-        n4, taken4 = self.attend(self.block4, n4, offered, n4_count)
-        return (p3, n4, p5), {level: taken for level, taken in (('p4', taken4), ('p5', taken5)) if taken is not None}
+        extra_tokens = earlier(self.block4_time, 'p4')
+        if self.block4_scale is not None and selected5 is not None:                  # None: block5 was taken out
+            extra_tokens.append((self.block4_scale(selected5.tokens), selected5.kept))
+        n4, selected4 = self.attend(self.block4, n4, extra_tokens, n4_count)
+        selected = dict(p4=selected4, p5=selected5)
+        return (p3, n4, p5), {level: some for level, some in selected.items() if some is not None}
 
-    def features(self, images, state=None):
-        """images (B, 3, H, W) in 0..1 -> the three maps that the head sees, strides 8, 16, 32, and top_down's Taken."""
-        (p3, n4, p5), taken = self.top_down(images, state)
+    def image_features(self, images, state=None):
+        """images (B, 3, H, W) in 0..1 -> the three maps that the head sees, strides 8, 16, 32; and top_down's dict."""
+        (p3, n4, p5), selected = self.top_down(images, state)
         n3 = self.run(self.fpn3, self.cat3(self.up3(n4), p3))
         if self.block3 is not None:
             n3 = self.block3(n3)
         # bottom-up: and back again
         m4 = self.run(self.pan4, self.pan_cat4(self.run(self.pan_down4, n3), n4))
         m5 = self.run(self.pan5, self.pan_cat5(self.run(self.pan_down5, m4), p5))
-        return (n3, m4, m5), taken
+        return (n3, m4, m5), selected
 
     def forward_features(self, images):
         """images (B, 3, H, W), or clips (B, F, 3, H, W) -> the three maps, of a clip those of its last frame."""
         if images.ndim == 4:
-            return self.features(images)[0]
+            return self.image_features(images)[0]
         state = None
         for frame in images.unbind(1)[:-1]:
-            state = self.advance(state, self.top_down(frame, state)[1])
-        return self.features(images[:, -1], state)[0]
+            state = self.next_state(state, self.top_down(frame, state)[1])
+        return self.image_features(images[:, -1], state)[0]
 
-    def advance(self, state, taken):
-        """The state before a frame (None at the start) and what the blocks took in it -> the state after it."""
-        return {level: [now, *(state or {}).get(level, ())][:self.cfg.frames] for level, now in taken.items()}
+    def next_state(self, state, selected):
+        """The state before a frame (None at the start) and what the blocks selected in it -> the state after it."""
+        return {level: [now, *(state or {}).get(level, ())][:self.cfg.frames] for level, now in selected.items()}
 
     def forward_frame(self, images, state=None):
         """
         The next frame of B videos (B, 3, H, W) -> raw maps as forward's, and the state to pass in with the frame after
-        it. None starts the videos anew.
+        it. None is the state before the first frame.
         """
-        features, taken = self.features(images, state)
-        return self.answering_head()(*features), self.advance(state, taken)
+        features, selected = self.image_features(images, state)
+        return self.inference_head()(*features), self.next_state(state, selected)
 
-    def answering_head(self):
+    def inference_head(self):
+        """The head whose output is decoded at inference: see `nms` above."""
         return self.detect_head if self.nms or self.one2one_head is None else self.one2one_head
 
     def forward(self, images, targets=None):
@@ -568,12 +569,12 @@ class HSVDET(nn.Module):
         assert H % 32 == 0 and W % 32 == 0, f'image sides must be multiples of 32, got {H}x{W}'
         features = self.forward_features(images)
         if targets is None:
-            return self.run(self.answering_head(), *features), {}
+            return self.run(self.inference_head(), *features), {}
         maps = self.run(self.detect_head, *features)
         with torch.autocast(images.device.type, enabled=False):
             losses = dict(one2many=detection_loss(maps, targets))
         if self.one2one_head is not None:
-            # it learns from the same features without shaping them, and one point alone answers for each object
+            # it learns from the same features without shaping them, and one point alone is responsible for each object
             single = self.run(self.one2one_head, *(f.detach() for f in features))
             with torch.autocast(images.device.type, enabled=False):
                 losses['one2one'] = detection_loss(single, targets, topk=1)

@@ -1,5 +1,5 @@
 """
-Part by part: which optimizer moves which parameters, and in which precision they compute.
+Which optimizer updates which part of the network (backbone, neck, block, head), and in which precision a part computes.
 
     make_optimizers(groups, kinds, lr, momentum, beta2)      groups as a detector's param_groups() gives them, by part
     set_precision(model, groups, dtypes, device_type)
@@ -115,7 +115,7 @@ def from_library(kind, groups, lr, momentum):
 
 def make_optimizers(groups, kinds, lr, momentum, beta2):
     """
-    kinds: dict part -> one of KINDS. Only AdamW and SGD move vectors and scalars; for the other kinds AdamW does.
+    kinds: dict part -> one of KINDS. Only AdamW and SGD update vectors and scalars; with the other kinds AdamW does.
     momentum: of SGD (Nesterov) and Muon, the first beta of all others; beta2: of AdamW. One optimizer per kind; a
     group's 'factor' is its share of the lr.
     """
@@ -134,10 +134,10 @@ def make_optimizers(groups, kinds, lr, momentum, beta2):
 
 def set_precision(model, groups, dtypes, device_type):
     """
-    Whatever autocast says outside, the modules of a part run in its own precision. dtypes: dict part -> 'float32',
-    'bfloat16' or 'float16'; parts left out, and what was frozen before `groups` were made, stay as they are. A module
-    belongs to a part when all its parameters do; what no such module does (joining and scaling maps, losses) keeps the
-    precision of what it is given.
+    Run the modules of each part in its own precision, whatever autocast is active outside. dtypes: dict part ->
+    'float32', 'bfloat16' or 'float16'; other parts, and parameters that are in none of `groups`, follow the outer
+    autocast. A module belongs to a part if all its parameters do. Operations outside such modules (upsampling,
+    concatenation, losses) keep the dtype of their inputs.
     """
     part_of = {id(p): group['part'] for group in groups for p in group['params']}
 

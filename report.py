@@ -77,8 +77,8 @@ polyline,.mark{fill:none}
 
 # --- parts of a page -------------------------------------------------------------------------------------------------
 
-def figure(summary, *keys):
-    """A figure of eval.py's json line, with its place in it, its exact value, and what is shown of that."""
+def metric(summary, *keys):
+    """A metric of eval.py's json line, with its place in it, its exact value, and what is shown of that."""
     value = summary
     for key in keys:
         value = value[key]
@@ -235,7 +235,7 @@ def watch_blocks(model, dataset, rows, shape):
     What the blocks that select tokens do on the images of these rows, in an input of `shape`: {level: dict}. {} where
     there is none, or too much to look at. Attention is that of the chosen cells to each other, averaged over heads.
 
-    figures (images, 6)    how many cells are chosen; which share of them has its centre in a labelled box; which share
+    measured (images, 6)   how many cells are chosen; which share of them has its centre in a labelled box; which share
                            of all cells; the distance of chosen cells, in cells, weighted by attention; the same with
                            equal weights; entropy of the attention, in nats
     often (h, w)           in how many images a cell was chosen
@@ -260,11 +260,11 @@ def watch_blocks(model, dataset, rows, shape):
             if level not in found:
                 x1, y1, x2, y2 = max(boxes.tolist(), key=lambda b: (b[2] - b[0]) * (b[3] - b[1]), default=(0, 0, w, h))
                 focus = np.linalg.norm(centres[chosen] - ((x1 + x2) / 2, (y1 + y2) / 2), axis=1).argmin()
-                found[level] = dict(figures=[], often=np.zeros((h, w)), chosen=chosen, focus=chosen[focus],
+                found[level] = dict(measured=[], often=np.zeros((h, w)), chosen=chosen, focus=chosen[focus],
                                     attention=weights[focus], canvas=Image.fromarray(letterbox(image, shape)[0]))
             found[level]['often'].ravel()[chosen] += 1
             entropy = -(weights * np.log(np.maximum(weights, 1e-30))).sum(1).mean()
-            found[level]['figures'].append((len(chosen), covered[chosen].mean(), covered.mean(),
+            found[level]['measured'].append((len(chosen), covered[chosen].mean(), covered.mean(),
                                             (weights * distance).sum(1).mean(), distance.mean(), entropy))
     return found
 
@@ -285,7 +285,7 @@ def ap_without_blocks(model, dataset, coco_gt, detections, settings):
 
 def show_tokens(level, seen):
     """Three pictures of a block: where it chooses; what it chose in one image; what one of those attends to."""
-    (h, w), images, image = seen['often'].shape, len(seen['figures']), seen['canvas']
+    (h, w), images, image = seen['often'].shape, len(seen['measured']), seen['canvas']
     image.thumbnail((PHOTO, PHOTO))
     share, dark, red, (W, H) = seen['often'] / images, np.full((h, w), 0.72), np.zeros((h, w)), image.size
     dark.ravel()[seen['chosen']] = 0
@@ -325,7 +325,7 @@ def show_blocks(model, dataset, coco_gt, detections, settings, panels):
     for level, block in blocks.items():
         share, cells = panels.get('|block(x) - x| / |x|', {}).get(level), ['–'] * 7
         if level in seen:
-            k, chosen, covered, reach, even, entropy = np.mean(seen[level]['figures'], 0)
+            k, chosen, covered, reach, even, entropy = np.mean(seen[level]['measured'], 0)
             cells = [f'{k:.0f} of {seen[level]["often"].size}', f'{chosen:.0%}', f'{covered:.0%}', f'{reach:.2f}',
                      f'{even:.2f}', f'{entropy:.2f}', f'{math.log(k):.2f}']
         rows.append((level.upper(), f'{block.gate.item():+.3f}', f'{share[-1][1]:.3f}' if share else '–', *cells))
@@ -343,7 +343,7 @@ def show_blocks(model, dataset, coco_gt, detections, settings, panels):
 def show_headline(summary):
     text = ''
     for keys in *((key,) for key in ev.KEYS), ('best_f1', 'F1'), ('duplicates',):
-        text += f'<div class="tile">{figure(summary, *keys)}{keys[-1].replace("_", " ")}</div>'
+        text += f'<div class="tile">{metric(summary, *keys)}{keys[-1].replace("_", " ")}</div>'
     return f'<div class="small">{text}</div><p class="soft">F1 at its best; duplicates per object at score 0.25.</p>'
 
 
@@ -353,16 +353,16 @@ def f1_curve(scores, correct, objects, thresholds):
     return np.array([2 * true_positives / max(both, 1) for true_positives, both in counts])
 
 
-def show_threshold(E, summary):
+def show_threshold(coco_eval, summary):
     """Precision over recall and F1 over the score threshold, each class and all."""
     best, grid, curves, precision, f1 = summary['best_f1'], np.linspace(0, 1, 101), {}, {}, {}
     if best['score'] is None:
         return ''
-    for k, (name, category) in enumerate(zip(summary['by_class'], E.params.catIds, strict=True)):
-        if E.matches[category][2]:                                   # it has objects
-            curves[name] = E.eval['precision'][0, :, k, 0, -1], *E.matches[category]
+    for k, (name, category) in enumerate(zip(summary['by_class'], coco_eval.params.catIds, strict=True)):
+        if coco_eval.matches[category][2]:                                   # it has objects
+            curves[name] = coco_eval.eval['precision'][0, :, k, 0, -1], *coco_eval.matches[category]
     if len(curves) > 1:
-        scores, correct, objects = zip(*E.matches.values(), strict=True)
+        scores, correct, objects = zip(*coco_eval.matches.values(), strict=True)
         mean = np.mean([curve[0] for curve in curves.values()], 0)
         curves[ALL] = mean, np.concatenate(scores), np.concatenate(correct), sum(objects)
     for name, (P, *part) in curves.items():
@@ -370,7 +370,7 @@ def show_threshold(E, summary):
     mark = best['score'], best['F1'], f'F1 {best["F1"]:.3f} at {best["score"]:.3f}'
     charts = (svg_chart('Precision over recall, IoU 0.5', precision, 'recall', (0, 1), (0, 1))
               + svg_chart('F1 over the score threshold, IoU 0.5', f1, 'score threshold', (0, 1), (0, 1), [mark]))
-    score, P, R = (figure(summary, 'best_f1', key) for key in ('score', 'P', 'R'))
+    score, P, R = (metric(summary, 'best_f1', key) for key in ('score', 'P', 'R'))
     return ('<h2 id="threshold">The score threshold</h2><p>AP looks at all scores; an application needs one. At the '
             f'threshold with the best F1 over all classes, {score}, precision is {P} (so many of the detections are '
             f'right), recall {R} (so many of the objects are found), at IoU 0.5.</p><div class="grid">{charts}</div>')
@@ -397,14 +397,14 @@ def show_groups(summary, key, title, note):
     groups, rows = summary[key], []
     order = sorted(groups, key=lambda name: -(groups[name]['AP'] or 0)) if key == 'by_class' else groups
     for name in order:
-        cells = {c: figure(summary, key, name, c) for c in groups[name]}
+        cells = {c: metric(summary, key, name, c) for c in groups[name]}
         cells |= {c: (cells[c], groups[name][c] or 0) for c in ('AP', 'recall50')}
         rows.append((esc(name), *cells.values()))
     return f'<h2 id="{key}">{title}</h2><p class="soft">{note}</p>{table(("", *cells), rows)}'
 
 
 def show_speed(summary, clock, settings, weights):
-    rows = [('images a second, with everything', figure(summary, 'images_per_s')),
+    rows = [('images a second, with everything', metric(summary, 'images_per_s')),
             ('file of the weights', f'{os.path.getsize(weights) / 2 ** 20:.1f} MiB')]
     for part, what in (('network', 'network'), ('nms', 'decoding, NMS'), ('load', 'reading and resizing, beside it')):
         rows.append((what, f'{1000 * clock[part] / clock["images"]:.1f} ms an image'))
@@ -439,22 +439,22 @@ def describe(saved, model, coco_gt, data, settings):
     return esc(f'{text}{data}: {images} images, {objects} objects, {classes} classes.')
 
 
-def draw_plots(E, coco_gt, detections, folder):
+def draw_plots(coco_eval, coco_gt, detections, folder):
     """folder/precision_recall.png at IoU 0.5, of the classes with objects, and folder/confusion.png at score 0.25."""
-    ap50s = {name: row['AP50'] for name, row in ev.per_class(E, coco_gt).items() if row['AP50'] is not None}
-    curves = E.eval['precision'][0, :, :, 0, -1]                     # (101, K)
-    draw_precision_recall(E.params.recThrs, curves[:, curves[0] > -1], list(ap50s), list(ap50s.values()),
+    ap50s = {name: row['AP50'] for name, row in ev.per_class(coco_eval, coco_gt).items() if row['AP50'] is not None}
+    curves = coco_eval.eval['precision'][0, :, :, 0, -1]                     # (101, K)
+    draw_precision_recall(coco_eval.params.recThrs, curves[:, curves[0] > -1], list(ap50s), list(ap50s.values()),
                           os.path.join(folder, 'precision_recall.png'))
     names = [c['name'] for c in coco_gt['categories']]
     draw_confusion(ev.confusion(coco_gt, detections), names, os.path.join(folder, 'confusion.png'))
 
 
-def make_page(folder, data, coco_gt, E, detections, summary, dataset=None, model=None, weights='', clock=None,
+def make_page(folder, data, coco_gt, coco_eval, detections, summary, dataset=None, model=None, weights='', clock=None,
               settings=None):
     """
     Write folder/report.html of one evaluation, and print its path.
 
-    data, coco_gt, E, detections   path of the ground truth; that; eval.run_cocoeval's result, of a table (n, 7)
+    data, coco_gt, coco_eval, detections   path of the ground truth; that; eval.run_cocoeval's result, of a table (n, 7)
     summary, dataset               eval.py's json line, with by_class and occlusion; the images, or None: no pictures
     model, weights, clock, settings   if not None: its file, predict_dataset's second result and its settings
     """
@@ -473,7 +473,7 @@ def make_page(folder, data, coco_gt, E, detections, summary, dataset=None, model
     if panels:
         charts = ''.join(svg_chart(name, lines, 'epoch') for name, lines in panels.items())
         body += f'<h2 id="curves">Training curves</h2><div class="grid">{charts}</div>'
-    body += show_threshold(E, summary)
+    body += show_threshold(coco_eval, summary)
     body += show_groups(summary, 'by_class', 'AP by class', 'Score, P, R and F1 are those of the class at its own best '
                         'threshold.')
     body += show_confusion(coco_gt, detections, threshold)
@@ -512,10 +512,10 @@ def write_report(out_dir, data, images='', imgsz=0, batch_size=16, device='cpu')
         return f'no report: {e}'
     coco_gt = dataset.coco()
     detections = detections[np.isin(detections[:, 6], [c['id'] for c in coco_gt['categories']])]
-    E = ev.run_cocoeval(coco_gt, detections)
-    summary = ev.coco_summary(E) | dict(images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2),
-                                        by_class=ev.per_class(E, coco_gt), best_f1=ev.best_f1(E),
-                                        occlusion=ev.under_occlusion(coco_gt, detections),
-                                        duplicates=ev.duplicates(coco_gt, detections))
-    make_page(out_dir, data, coco_gt, E, detections, summary, dataset, model, weights, clock, settings)
+    coco_eval = ev.run_cocoeval(coco_gt, detections)
+    summary = ev.coco_summary(coco_eval) | dict(
+        images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2),
+        by_class=ev.per_class(coco_eval, coco_gt), best_f1=ev.best_f1(coco_eval),
+        occlusion=ev.under_occlusion(coco_gt, detections), duplicates=ev.duplicates(coco_gt, detections))
+    make_page(out_dir, data, coco_gt, coco_eval, detections, summary, dataset, model, weights, clock, settings)
     return ''

@@ -35,10 +35,10 @@ k is a count, and a picture of two objects fills it as one of two hundred does. 
 tokens that hold half of the importance (top-p, as in sampling from a language model). The rest is masked, so shapes and
 FLOPs stay those of k; what changes is who attends to whom.
 
-Top-k passes no gradient to the importance. So squared-norm selection does not learn *what to select*: the features
-merely drift, by what attention among the chosen tokens turned out to be good for. select='learned' gives a gradient
-path: a score s = w x + b picks the tokens and sigmoid(s) scales what attention changed in them. Norm and squared norm
-order tokens identically, so select='l2' and 'l2sq' are one method (unless `keep` adds the importances up).
+Top-k passes no gradient to the importance. So squared-norm selection does not learn *what to select*: norms change only
+as a side effect, because attention among the selected tokens trains the features. select='learned' has a gradient path:
+a score s = w x + b picks the tokens, and sigmoid(s) scales the change that attention makes to them. Norm and squared
+norm order tokens identically, so select='l2' and 'l2sq' are one method (unless `keep` compares sums of them).
 
 What the design's arguments do and do not show. *Entropy*: a softmax over k tokens holds at most log k nats instead of
 log N, so less of its mass goes to clutter; that bounds how diffuse attention can be, not whether the right tokens were
@@ -81,7 +81,7 @@ def layer_norm(norm, t):
 
 
 def make_gate(gate):
-    """'learned' (one scalar from 0) | 'fixed' (0.5) | 'none' (1, which is direct addition) -> the parameter."""
+    """The gate's parameter. 'learned': trained, starts at 0; 'fixed': 0.5; 'none': 1, a plain residual connection."""
     start = {'learned': 0.0, 'fixed': 0.5, 'none': 1.0}[gate]
     return nn.Parameter(torch.tensor(start), requires_grad=gate == 'learned')
 
@@ -177,8 +177,9 @@ class SparseGlobalBlock(nn.Module):
 
     def select_tokens(self, x, count=None):
         """
-        x (B, C, H, W) -> Selection. count (B,): how many to keep, where somebody else decides it; else `keep` does. The
-        kept ones come first, by falling importance.
+        x (B, C, H, W) -> Selection of the k most important tokens. Fewer are kept, and marked in `kept`, if count (B,)
+        gives the number per image (keep='joint'), or by the share of the importance that they hold (keep='mass:...').
+        Then they are sorted, the most important first.
         """
         importance, k = self.importance(x), self.num_selected(x.shape[2] * x.shape[3])
         adaptive = count is not None or self.mass > 0
@@ -204,15 +205,15 @@ class SparseGlobalBlock(nn.Module):
         parts = [there.new_ones(len(there), n) if mask is None else mask for mask, n in ((kept, k), (memory_mask, T))]
         return torch.cat(parts, 1)[:, None, None]
 
+    def split(self, t):
+        """(B, n, C) -> (B, heads, n, C / heads)"""
+        return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
     def weights(self, q, k, mask=None):
         """q (B, n, C), k (B, m, C) -> attention A (B, heads, n, m), every row summing to 1; mask: see key_mask."""
         q, k = self.split(layer_norm(self.norm, q)), self.split(layer_norm(self.norm, k))  # (B, heads, ., hs)
         logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
         return (logits if mask is None else logits.masked_fill(~mask, -math.inf)).softmax(-1)
-
-    def split(self, t):
-        """(B, n, C) -> (B, heads, n, C / heads)"""
-        return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward_reference(self, x, memory=None, memory_mask=None, chosen=None):
         """The definition, as slow as it reads: four dense maps, then gather, attend, scatter. Arguments: forward's."""
@@ -249,6 +250,10 @@ class SparseGlobalBlock(nn.Module):
         with autocast_off(self.v_proj.weight):
             return (self.out_proj.weight.flatten(1) @ self.v_proj.weight.flatten(1))[..., None, None]
 
+    def head_mix(self):
+        """The (C, C) weight that follows the heads."""
+        return self.out_proj.weight.flatten(1)
+
     def fuse(self):
         """
         Inference form, from which there is no way back: keep the product of the two dense maps, drop its factors
@@ -272,7 +277,8 @@ class SparseGlobalBlock(nn.Module):
         x_tokens = x.flatten(2).transpose(1, 2)                                       # (B, N, C)
         y_tokens = y.view(B, C, H * W).transpose(1, 2)                                # (B, N, C), a view of y
         wide = torch.promote_types(x.dtype, torch.float32)
-        # nothing to gather when all attend; where N is a symbol only k = 0 says so, for every N
+        # if every token attends there is nothing to gather or scatter; in an export with free sizes N is a symbol, and
+        # only k = 0 is known to mean all
         takes_all = self.k == 0 or type(H * W) is int and self.num_selected(H * W) == H * W
         all_selected = takes_all and self.select != 'learned' and not self.mass and chosen is None
         if all_selected:
@@ -313,10 +319,6 @@ class SparseGlobalBlock(nn.Module):
             return y
         y_tokens = y_tokens.scatter(1, index, attended.to(y.dtype))
         return y_tokens.transpose(1, 2).reshape(B, C, H, W)
-
-    def head_mix(self):
-        """The (C, C) weight that follows the heads."""
-        return self.out_proj.weight.flatten(1)
 
     def attention(self, x, memory=None, memory_mask=None, chosen=None):
         """

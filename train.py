@@ -21,7 +21,8 @@ augmented as a pure function of (seed, epoch, image). Batches run across epoch e
 positions s * B to (s + 1) * B. Nothing depends on the number of workers, and a resumed run on a CPU equals an
 uninterrupted one bit for bit.
 
-Three stages: warm-up (lr rises), main (cosine), last (lr constant at lr_final, Mosaic and MixUp off, on before).
+Three stages: 1 warm-up (lr rises linearly), 2 main (cosine decay), 3 the last epochs (lr stays at lr_final, Mosaic and
+MixUp are off).
 
 What it does not do: hyperparameter search, experiment trackers, callbacks. Change the loop, it is below.
 """
@@ -49,7 +50,7 @@ from baselines.detr import DETR, DETRConfig
 from checkpoint import read_checkpoint, write_checkpoint
 from configurator import InputError, build, configure
 from data import Augment, DetectionDataset, collate, to_image
-from eval import evaluate
+from eval import cpu_count, evaluate
 from model import HSVDET, HSVDETConfig
 from optimizers import KINDS, PARTS, make_optimizers, set_precision
 from plots import draw_boxes, draw_curves, image_grid, save_image
@@ -75,14 +76,14 @@ arch = 'hsvdet'                                                    # hsvdet, whi
 # schedule
 epochs: int | float = 100
 warmup_epochs: int | float = 3                                                        # stage 1
-no_aug_epochs: int | float = 10                          # stage 3, the last ones: Mosaic and MixUp off, lr at lr_final
-min_steps = 0                       # > 0: few images get more epochs, so that the run has this many steps, stages alike
+no_aug_epochs: int | float = 10                          # stage 3, the last epochs: Mosaic and MixUp off, lr = lr_final
+min_steps = 0               # > 0: on few images lengthen the run to this many steps, all its stages in proportion
 max_steps = 0                                                # > 0: stop here, the schedule unchanged (tests, profiles)
 batch_size = 16                                                       # images a step, over all ranks and micro-batches
 grad_accum = 1                                                   # micro-batches a step: less memory, the same gradient
 lr = 1e-3
 lr_final = 1e-5
-optimizer = 'adamw'        # adamw sgd muon lamb soap lion; the last four move matrices and kernels, AdamW then the rest
+optimizer = 'adamw'        # adamw sgd muon lamb soap lion; with the last four AdamW still updates biases and norms
 optimizer_backbone, optimizer_neck, optimizer_block, optimizer_head = '', '', '', ''  # '': as `optimizer`
 lr_backbone, lr_neck, lr_block, lr_head = 1.0, 1.0, 1.0, 1.0                          # factors on lr
 momentum = 0.9                                            # sgd's and muon's momentum (nesterov), beta1 of all others
@@ -196,7 +197,7 @@ for wrong, message in (
         raise InputError(message)
 # the one place that knows architectures
 Detector, DetectorConfig = (DETR, DETRConfig) if arch == 'rtdetr' else (HSVDET, HSVDETConfig)
-build(DetectorConfig, config)                                               # a wrong value is said before data is read
+build(DetectorConfig, config)                                       # wrong values are reported before data is read
 augment = build(Augment, config)
 try:
     os.makedirs(out_dir, exist_ok=True)
@@ -228,7 +229,7 @@ if make_data and is_main_process and not os.path.exists(train_data) and (train_d
     make(os.path.dirname(train_data))
 if ddp:
     dist.barrier()
-memory_frames = config['frames'] if arch == 'hsvdet' and 'time' in config['memory'] else 0  # that come with an image
+memory_frames = config['frames'] if arch == 'hsvdet' and 'time' in config['memory'] else 0  # earlier frames per image
 train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cache_mb, frames=memory_frames)
 val_set = DetectionDataset(val_data, val_images, imgsz, names=train_set.names, frames=memory_frames)
 objects = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.names))
@@ -282,10 +283,9 @@ def init_worker(worker):
 
 def make_loader(first):
     """Batches from step `first` on, from `workers` processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     n = workers
     if n < 0:
-        n = 0 if device_type == 'cpu' else max(1, min(8, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+        n = 0 if device_type == 'cpu' else max(1, min(8, cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     if 'fork' not in multiprocessing.get_all_start_methods():            # a spawned worker would run this script again
         n = 0
     return torch.utils.data.DataLoader(
@@ -359,7 +359,7 @@ if sync_bn and ddp:
     model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 kinds = {part: config[f'optimizer_{part}'] or optimizer for part in PARTS}
 factors = {part: config[f'lr_{part}'] for part in kinds}
-groups = model.param_groups(1.0, weight_decay, factors)         # with the backbone even if frozen: it has a dtype too
+groups = model.param_groups(1.0, weight_decay, factors)      # before freezing: set_precision covers frozen parts too
 if freeze == 'backbone':
     model.backbone.requires_grad_(False)
 optimizers = make_optimizers(model.param_groups(1.0, weight_decay, factors), kinds, lr, momentum, beta2)
@@ -371,9 +371,15 @@ scaler = torch.amp.GradScaler(device_type, init_scale=2.0 ** 10, enabled=half)  
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 params = [p for p in model.parameters() if p.requires_grad]
 loss_params = {part: [p for p in some if p.requires_grad] for part, some in model.loss_parameters().items()}
-states = ema.state_dict(), model.state_dict()                         # as pairs of lists: what is averaged, what copied
-float_pairs, int_pairs = ([[state[name] for name in state if state[name].is_floating_point() == averaged]
-                           for state in states] for averaged in (True, False))
+
+
+def split_state(model):
+    """The tensors of its state dict: floating-point ones, which the EMA averages, and integers, which it copies."""
+    tensors = model.state_dict().values()
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
+
+
+(ema_floats, ema_ints), (model_floats, model_ints) = split_state(ema), split_state(model)
 step, best, running, count = 0, -1.0, {}, 0
 if resume:
     restore(resume)
@@ -470,7 +476,7 @@ stop_signals = []
 
 
 def request_stop(number, frame):
-    """SIGTERM, Ctrl-C: finish the step, save, leave. The second time it is meant at once."""
+    """SIGTERM, Ctrl-C: finish the step, save, leave. A second signal ends the process at once."""
     stop_signals.append(signal.Signals(number).name)
     signal.signal(number, signal.SIG_DFL)
 
@@ -479,7 +485,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, request_stop)
 
 
-# --- the exceptions to a step, so that the loop below reads without them --------------------------------------------
+# --- what the loop below calls ----------------------------------------------------------------------------------------
 
 def lr_at(epoch):
     """Stage 1: linear up. Stage 2: half a cosine from lr to lr_final. Stage 3: lr_final."""
@@ -623,10 +629,10 @@ while step < last:
         for group in o.param_groups:
             group['lr'] = group['factor'] * now_lr
 
-    # 2) forward and backward, micro-batch by micro-batch, of plain sums. Random numbers (random selection, denoising)
-    # are seeded by (seed, step, rank): ranks differ, and a resumed run draws what it would have drawn
+    # 2) forward and backward, micro-batch by micro-batch, of losses that are sums: nothing is divided yet. Random
+    # numbers (random selection, denoising) are seeded by (seed, step, rank): ranks differ, a resumed run repeats them
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
-    sums = {}
+    totals = {}                                       # keys: 'objects', (part, name of a loss), (part, 'normalizer')
     buffers = [b.clone() for b in model.buffers()] if skip_nonfinite else []         # a bad batch spoils BatchNorm too
     for m in range(grad_accum):
         t = time.time()
@@ -636,35 +642,36 @@ while step < last:
         with net.no_sync() if ddp and m < grad_accum - 1 else contextlib.nullcontext():  # ranks talk once a step
             with amp:
                 _, losses = net(images, targets)
-            scaler.scale(sum(sum(some.values()) for some, _ in losses.values())).backward()
-        sums['objects'] = sums.get('objects', 0) + (targets['labels'] >= 0).sum().double()
-        for part, (some, normalizer) in losses.items():
-            for name, value in {**some, 'normalizer': normalizer}.items():
-                sums[part, name] = sums.get((part, name), 0) + value.detach().double()
+            scaler.scale(sum(sum(sums.values()) for sums, _ in losses.values())).backward()
+        totals['objects'] = totals.get('objects', 0) + (targets['labels'] >= 0).sum().double()
+        for part, (sums, normalizer) in losses.items():
+            for name, value in {**sums, 'normalizer': normalizer}.items():
+                totals[part, name] = totals.get((part, name), 0) + value.detach().double()
 
-    # 3) divide by the normalizer of the whole batch, which only now is known; see the module's docstring. Times the
-    # batch size, as published recipes count their loss: grad_clip and SGD's lr mean a sum over the images
-    sums['stop'] = torch.full((), float(len(stop_signals)), dtype=torch.float64, device=device)
-    packed = torch.stack(list(sums.values()))
+    # 3) divide the gradients by the normalizer of the whole batch, which is known only now. Times the batch size, as
+    # published recipes have it, so that their grad_clip and SGD's lr can be used as they are
+    totals['stop'] = torch.full((), float(len(stop_signals)), dtype=torch.float64, device=device)
+    packed = torch.stack(list(totals.values()))
     if ddp:
         dist.all_reduce(packed)
-    sums = dict(zip(sums, packed.unbind(), strict=True))
+    totals = dict(zip(totals, packed.unbind(), strict=True))
     for o in optimizers:
         scaler.unscale_(o)
-    for part, some in loss_params.items():                                            # DDP took the mean over ranks
-        gradients = [p.grad for p in some if p.grad is not None]
-        torch._foreach_mul_(gradients, (batch_size * world_size / sums[part, 'normalizer'].clamp(min=1)).float())
-    sums['norm'] = torch.nn.utils.clip_grad_norm_(params, grad_clip).double()
-    sums = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))    # the loop's one wait for a GPU
-    norm, stop_requested = sums.pop('norm'), sums.pop('stop') > 0
+    for part, part_params in loss_params.items():                                     # DDP took the mean over ranks
+        gradients = [p.grad for p in part_params if p.grad is not None]
+        torch._foreach_mul_(gradients, (batch_size * world_size / totals[part, 'normalizer'].clamp(min=1)).float())
+    totals['norm'] = torch.nn.utils.clip_grad_norm_(params, grad_clip).double()
+    totals = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))  # the only wait for a GPU
+    norm, stop_requested = totals.pop('norm'), totals.pop('stop') > 0
 
-    # 4) step, if all is finite (an fp16 gradient that overflowed costs the step, and the scaler halves its scale)
-    loss_finite, overflow = math.isfinite(sum(sums.values())), not math.isfinite(norm)
+    # 4) step, if everything is finite. In fp16 a gradient that overflows is normal: the step is skipped, and the scaler
+    # halves its scale; it counts as an error once the scale is below 2^-10
+    loss_finite, overflow = math.isfinite(sum(totals.values())), not math.isfinite(norm)
     bad = not loss_finite or overflow and (not scaler.is_enabled() or scaler.get_scale() < 2 ** -10)
     if bad:
         skipped += 1
-        skip_step(f'the {"gradient" if loss_finite else "loss"} is not finite', batch, sums, buffers)
-    elif not overflow:                                          # that is known here: scaler.step would ask a GPU again
+        skip_step(f'the {"gradient" if loss_finite else "loss"} is not finite', batch, totals, buffers)
+    elif not overflow:                          # scaler.step() would check again, and make the CPU wait for the GPU
         for o in optimizers:
             o.step()
     scaler.update()
@@ -674,16 +681,16 @@ while step < last:
     # 5) EMA of the weights and of BatchNorm's statistics
     step += 1
     with torch.no_grad():
-        torch._foreach_lerp_(*float_pairs, 1 - ema_decay * (1 - math.exp(-step / ema_tau)))
-        torch._foreach_copy_(*int_pairs)
+        torch._foreach_lerp_(ema_floats, model_floats, 1 - ema_decay * (1 - math.exp(-step / ema_tau)))
+        torch._foreach_copy_(ema_ints, model_ints)
 
     # 6) log: means over the interval
     epoch = step * batch_size / n_images
     row = dict(step=step, epoch=round(epoch, 4), lr=now_lr)
     if not bad and not overflow:
-        means = {column: sums.get((part, name), 0.0) / max(sums[part, 'normalizer'], 1.0)
+        means = {column: totals.get((part, name), 0.0) / max(totals[part, 'normalizer'], 1.0)
                  for part in parts for name, column in zip(model.LOSSES, loss_columns[part], strict=True)}
-        for name, value in {**means, 'objects': sums['objects'] / batch_size, 'grad_norm': norm}.items():
+        for name, value in {**means, 'objects': totals['objects'] / batch_size, 'grad_norm': norm}.items():
             running[name] = running.get(name, 0.0) + value
         count += 1
     if step % log_interval == 0 and count:

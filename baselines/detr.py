@@ -1,5 +1,5 @@
 """
-RT-DETR, the set-prediction opponent: a fixed set of queries, each of which ends as one box or as nothing. No NMS.
+RT-DETR, a baseline that predicts a set: each of a fixed number of queries ends as one box or as nothing. No NMS.
 
     images -> Backbone -> hybrid encoder -> query selection -> decoder -> boxes (B, Q, 4), scores (B, Q, K)
 
@@ -7,17 +7,17 @@ RT-DETR, the set-prediction opponent: a fixed set of queries, each of which ends
     query selection   every token proposes a box; the Q with the highest class score become the decoder's queries
     decoder           queries attend to each other, then each samples the maps at a few points around its box; every
                       layer refines the boxes of the layer before
-    training          Hungarian matching pairs each object with exactly one query, anew for every layer; the unpaired
-                      learn "background". Denoising: extra queries start at disturbed true boxes and labels, need no
+    training          Hungarian matching pairs each object with exactly one query, separately for each layer; the rest
+                      learns "background". Denoising: extra queries start at disturbed true boxes and labels, need no
                       matching, and teach the decoder to refine from the first step on
 
 Why no NMS: a grid point decides without knowing its neighbour's decision, so two of them report one object. Queries see
 each other, and a loss that pays one query per object teaches them to agree on who reports it.
 
-What differs from the published model: our trunk instead of a ResNet; padding among the denoising queries has no loss;
-encoder_attn='S' puts the sparse global block in AIFI's place. What is left out: distillation, masks. Modules are called
-as in transformers' RTDetr. Boxes are cx, cy, w, h in 0..1 inside the decoder and xyxy input pixels outside of it.
-Shapes: N tokens of the three levels, Q queries that are matched and D that denoise (L = D + Q), M padded objects, K
+What differs from the published model: our backbone instead of a ResNet; padding among the denoising queries has no
+loss; encoder_attn='S' puts the sparse global block in AIFI's place. What is left out: distillation, masks. Modules are
+called as in transformers' RTDetr. Boxes are cx, cy, w, h in 0..1 inside the decoder and xyxy input pixels outside of
+it. Shapes: N tokens of the three levels, Q queries that are matched and D that denoise (L = D + Q), M padded objects, K
 classes, nh heads of hs channels.
 
 Papers: DETR, Carion et al. 2020 (2005.12872); deformable attention, Zhu et al. 2020 (2010.04159); denoising and looking
@@ -49,12 +49,12 @@ EPS = 1e-5                                              # logits of box coordina
 
 @dataclass
 class DETRConfig:
-    scale: str = 'n'                                                                  # trunk: n s m l x
+    scale: str = 'n'                                                                  # of the backbone: n s m l x
     num_classes: int = 80
     hidden: int = 256                                                                 # channels of encoder and decoder
     detr_heads: int = 8                                                               # attention heads of both
     ffn: int = 1024                                                        # hidden channels of the feed-forward layers
-    decoder_layers: int = 6                                                           # 3 suffice for a small trunk
+    decoder_layers: int = 6                                                           # 3 suffice for a small backbone
     queries: int = 300                               # the most objects it can report; never more than there are tokens
     points: int = 4                                                                # sampling points per head and level
     denoising: int = 100                                  # denoising queries per image of each kind, in groups; 0: off
@@ -384,7 +384,7 @@ def set_loss(logits, boxes, pairs, targets, size, kind, counted=True):
     return dict(cls=CLASS_WEIGHT * cls.sum(), l1=L1_WEIGHT * l1.sum(), giou=GIOU_WEIGHT * giou.sum())
 
 
-# --- the head: everything behind the trunk ---------------------------------------------------------------------------
+# --- the head: everything behind the backbone ------------------------------------------------------------------------
 
 class DETRHead(nn.Module):
     """
@@ -478,8 +478,8 @@ class DETRHead(nn.Module):
         matching = [*((logits[:, D:], boxes[:, D:]) for logits, boxes in layers), selected]
         found = [set_loss(*layer, pairs, targets, size, kind)
                  for layer, pairs in zip(matching, match(matching, targets, size), strict=True)]
-        sums = found.pop(-2)                                                          # of the last decoder layer
-        sums |= {f'aux_{name}': sum(losses[name] for losses in found) for name in sums}
+        *earlier, sums, selection = found                                             # sums: of the last decoder layer
+        sums |= {f'aux_{name}': sum(losses[name] for losses in (*earlier, selection)) for name in sums}
         if D:                                                         # positive s of each group belongs to object s
             groups = D // (2 * is_object.shape[1])
             image, slot = is_object.nonzero(as_tuple=True)                            # (n,) each
@@ -495,8 +495,8 @@ class DETRHead(nn.Module):
 class DETR(nn.Module):
     """
     A detector as HSVDET is one: the same methods, and the same attributes cfg, names, imgsz, fixed_imgsz, nms (never),
-    checkpointing (of the trunk, where most of the memory is) and LOSSES, the names in losses['detr']. The trunk is
-    model.py's at cfg.scale, trained whole, or a frozen DINOv2 with LoRA adapters.
+    checkpointing (of the backbone, where most of the memory is) and LOSSES, the names in losses['detr']. The backbone
+    is model.py's at cfg.scale, trained whole, or a frozen DINOv2 with LoRA adapters.
     """
 
     rect = False                                   # boxes are shares of the input, as it was trained: see model.HSVDET

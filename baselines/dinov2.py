@@ -146,7 +146,7 @@ class Pyramid(nn.Module):
 
 # --- weights of others -----------------------------------------------------------------------------------------------
 
-def read_weights(path):
+def read_state_dict(path):
     """A file of weights -> dict of name -> tensor, without running any code of the file's. Raises InputError."""
     if not os.path.isfile(path):
         raise InputError(f'--backbone_weights={path}: no such file; download dinov2_vits14_pretrain.pth from '
@@ -268,7 +268,7 @@ class DINOv2(nn.Module):
         The architecture comes from the shapes, except `heads`, which they do not tell: by default 64 channels each, as
         in every published model. `settings` are those of the constructor. Raises InputError.
         """
-        state = rename_weights(read_weights(path))
+        state = rename_weights(read_state_dict(path))
         shapes = infer_architecture(state, path)
         if heads is None and shapes['width'] % 64:
             raise InputError(f'{path}: give heads=, the number cannot be told from a width of {shapes["width"]}')

@@ -26,8 +26,8 @@ out = os.path.join('.github', 'clips.png')
 @torch.no_grad()
 def look(model, frames):
     """
-    Frames, PIL images of one clip, oldest first -> detections of the last (n, 6), the cell of P4 that is asked about,
-    its weight on every cell of every frame, (F, h, w), and that cell's share of attention per frame, (F,).
+    Frames, PIL images of one clip, oldest first -> detections (n, 6) in the last frame; the P4 cell at the best one;
+    that cell's attention to every cell of every frame, (F, h, w), oldest first.
     """
     state, cells, seen = None, [], {}
     hook = model.block4.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs))

@@ -48,9 +48,9 @@ threads = 1                    # CPU threads of a run
 jobs = 1                       # runs at a time
 show = False                   # run nothing, print the table of the rows there are
 
-FIGURES = ('AP', 'AP50', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'duplicates', 'recall <= 0.1', 'recall 0.1-0.3',
+METRICS = ('AP', 'AP50', 'AP_small', 'AP_medium', 'AP_large', 'AR100', 'duplicates', 'recall <= 0.1', 'recall 0.1-0.3',
            'recall 0.3-0.5', 'recall > 0.5', 'AP without', 'minutes')
-COLUMNS = ('arm', 'seed', *FIGURES, 'clock minutes', 'steps', 'images', 'parameters', 'machine', 'dtype', 'threads',
+COLUMNS = ('arm', 'seed', *METRICS, 'clock minutes', 'steps', 'images', 'parameters', 'machine', 'dtype', 'threads',
            'date', 'commit', 'train')
 BN_STATE = ('running_mean', 'running_var', 'num_batches_tracked')            # in a checkpoint, and no parameters
 
@@ -111,14 +111,14 @@ def train_and_evaluate(arm, of_arm, seed):
         raise InputError(f'{arm}, seed {seed}: stopped at step {saved["step"]} of {last_step}; the same command '
                          'goes on')
     arguments = [f'--weights={weights}', f'--data={test}', *shlex.split(evaluate)]
-    figures = json.loads(run('eval.py', arguments, log))
-    for recall, bin in zip(FIGURES[7:11], figures.get('occlusion', {}).values(), strict=False):
-        figures[recall] = bin['recall50']
+    metrics = json.loads(run('eval.py', arguments, log))
+    for recall, bin in zip(METRICS[7:11], metrics.get('occlusion', {}).values(), strict=False):
+        metrics[recall] = bin['recall50']
     if without and set(saved['model_config'].get('attn', '-')) - {'-'}:
-        figures['AP without'] = json.loads(run('eval.py', [*arguments, f'--without={without}'], log))['AP']
+        metrics['AP without'] = json.loads(run('eval.py', [*arguments, f'--without={without}'], log))['AP']
     with open(os.path.join(folder, 'train.txt'), encoding='utf-8') as f:
         costs.device, dtype = re.search(r'; (\S+) (\w+)[^;]*; \d+ steps', f.read()).groups()  # 'auto' is settled there
-    return dict(figures, arm=arm, seed=seed, minutes=cpu, steps=saved['step'], dtype=dtype, threads=threads,
+    return dict(metrics, arm=arm, seed=seed, minutes=cpu, steps=saved['step'], dtype=dtype, threads=threads,
                 images=saved['step'] * saved['config']['batch_size'],
                 machine=f'{costs.machine().split(",")[0]}, {costs.device}',
                 parameters=sum(t.numel() for key, t in saved['model'].items() if not key.endswith(BN_STATE)),
@@ -135,7 +135,7 @@ def print_table(rows):
     print(f'{name}: mean ± standard deviation over seeds')
     by_arm = {arm: {int(row['seed']): row for row in rows if row['arm'] == arm} for arm, _ in arms}
     for arm, mine in by_arm.items():
-        columns = {key: [float(row[key]) for row in mine.values() if row[key]] for key in FIGURES}
+        columns = {key: [float(row[key]) for row in mine.values() if row[key]] for key in METRICS}
         text = (f'{key} {mean(x):.4g}' + (f' ± {stdev(x):.2g}' if len(x) > 1 else '')
                 for key, x in columns.items() if x)
         print(f'{arm}: {len(mine)} seeds | ' + ' | '.join(text))
@@ -165,7 +165,7 @@ def main():
     there = {(row['arm'], int(row['seed'])) for row in read_rows(path)}
 
     def run_one(arm, of_arm, seed):
-        print(f'{time.strftime("%H:%M")} {name}: {arm}, seed {seed}', flush=True)
+        print(f'{time.strftime("%H:%M")} {name}: {arm}, seed {seed}\n', end='', flush=True)   # whole lines from threads
         row = train_and_evaluate(arm, of_arm, seed)
         with writing:
             new = not os.path.exists(path)

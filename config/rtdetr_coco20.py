@@ -1,4 +1,4 @@
-# The opponent: RT-DETR on the backbone of scale l, on the same 20 % of COCO, the same loop and the same evaluation.
+# The baseline: RT-DETR on the backbone of scale l, on the same 20 % of COCO, the same loop and the same evaluation.
 #   python train.py config/rtdetr_coco20.py --init_from=out/yolov8_coco20/best.pt
 #   torchrun --nproc_per_node=8 train.py config/rtdetr_coco20.py --init_from=out/yolov8_coco20/best.pt
 # hardware, hours, AP: not measured yet. The design claims 39.1; RT-DETR-R50 on all of COCO, 72 epochs: 53.1 (published)

@@ -5,9 +5,9 @@ Make data/clips, a set that only memory of earlier frames solves: does `memory='
 
 A clip has three frames of 64x64 px. In the first one or two discs are seen, each red, green or blue; then a grey
 plate slides over each and stays. Plates and discs drift, the same for all, a few pixels a frame. The objects are the
-plates of the last frame, and the class of a plate is the colour of its disc, visible two frames ago: for who sees the
-last frame, or the last two, it is a guess among three, an AP50 near 0.33. With `same=True` all discs of a clip have
-one colour; else an answer must come from the right place too.
+plates of the last frame, and the class of a plate is the colour of its disc, visible two frames ago. A network that
+sees only the last one or two frames must guess among three colours: an AP50 near 0.33. With `same=True` all discs of a
+clip have one colour; otherwise the answer must also come from the right place.
 
 000001_2.jpg is the last frame of the first clip, and the only one with labels; 000001_1.jpg and 000001_0.jpg are found
 by their numbers (data.previous_frame).

@@ -13,7 +13,7 @@ from PIL import Image
 import data
 from configurator import InputError
 from data import Augment, DetectionDataset, collate, letterbox, load_image, rect_shape
-from eval import load
+from eval import load_sample
 from prepare.shapes import make_shapes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -406,7 +406,7 @@ def test_an_earlier_frame_that_cannot_be_read_is_grey(tmp_path):
     (tmp_path / 'clip1_002.png').write_bytes(b'no image')
     image = DetectionDataset(source, imgsz=(64, 96), frames=1)[1]['image']
     assert (image[0] == data.PAD_VALUE).all() and image[1].float().std() > 1
-    frames = load(DetectionDataset(source, frames=1), 1, (64, 96), None, True)
+    frames = load_sample(DetectionDataset(source, frames=1), 1, (64, 96), float('inf'), True)
     assert (frames[1][0] == data.PAD_VALUE).all() and frames[1][1].std() > 1 and frames[-1] is None    # evaluation too
 
 

@@ -395,7 +395,7 @@ def test_sparse_encoder_with_all_tokens_is_not_a_control_by_accident():
 @pytest.mark.filterwarnings('ignore:.*LeafSpec.*:FutureWarning')                      # torch.export's own
 @torch.no_grad()
 def test_onnx_equals_eager(tmp_path):
-    """Of the head; the trunk is test_export.py's."""
+    """Of the head; the backbone is test_export.py's."""
     pytest.importorskip('onnx')
     pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')
@@ -477,9 +477,9 @@ def test_save_and_load(tmp_path):
     with pytest.raises(InputError, match='DETRConfig has no attn'):
         DETR.from_pretrained(str(tmp_path / 'detr.pt'), verbose=False, attn='-SS')
     HSVDET(HSVDETConfig(num_classes=3)).save(tmp_path / 'hsvdet.pt')
-    trunk = torch.load(tmp_path / 'hsvdet.pt')['model']
+    known = torch.load(tmp_path / 'hsvdet.pt')['model']
     warm = DETR.from_pretrained(str(tmp_path / 'hsvdet.pt'), verbose=False, hidden=32)
-    assert all(torch.equal(t, trunk[f'backbone.{name}']) for name, t in warm.backbone.state_dict().items())
+    assert all(torch.equal(t, known[f'backbone.{name}']) for name, t in warm.backbone.state_dict().items())
 
 
 @pytest.mark.parametrize('settings, message', [

@@ -17,7 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def test_table(monkeypatch, capsys):
     monkeypatch.setattr(experiment, 'arms', (('a', ''), ('b', ''), ('c', '')))
-    rows = [dict(dict.fromkeys(experiment.FIGURES, ''), arm=arm, seed=str(seed), AP=str(ap))
+    rows = [dict(dict.fromkeys(experiment.METRICS, ''), arm=arm, seed=str(seed), AP=str(ap))
             for arm, aps in dict(a=(0.5, 0.6, 0.7), b=(0.51, 0.62, 0.73)).items() for seed, ap in enumerate(aps)]
     experiment.print_table(rows)
     lines = capsys.readouterr().out.splitlines()

@@ -44,6 +44,12 @@ def small(seed=0, gate=0.5, **settings):
     return model
 
 
+def count(selected):
+    """SelectedTokens -> (B,): how many tokens each image kept."""
+    B, k = selected.cells.shape
+    return selected.kept.sum(1) if selected.kept is not None else selected.cells.new_full((B,), k)
+
+
 # --- the block -------------------------------------------------------------------------------------------------------
 
 def test_attention_for_pictures_has_memory_last():
@@ -234,12 +240,12 @@ def test_levels_and_frames_are_seen():
     """The gradient of P4's answer with respect to what P5 and the earlier frame gave."""
     model = small(memory='scale,time', attn='-SS')
     x = torch.rand(1, 3, 64, 96)
-    _, taken = model.features(x)
+    _, taken = model.image_features(x)
     p4, tokens = torch.randn(1, 128, 4, 6), model.block4_scale(taken['p5'].tokens).detach().requires_grad_()
     model.attend(model.block4, p4, [(tokens, None)])[0].sum().backward()
     assert tokens.grad.abs().max() > 0
-    earlier = model.advance(None, model.features(torch.rand(1, 3, 64, 96))[1])
-    a, b = model.features(x, earlier)[0], model.features(x)[0]
+    earlier = model.next_state(None, model.image_features(torch.rand(1, 3, 64, 96))[1])
+    a, b = model.image_features(x, earlier)[0], model.image_features(x)[0]
     assert all((m - n).abs().max() > 1e-4 for m, n in zip(a, b, strict=True))
 
 
@@ -251,12 +257,12 @@ def test_an_image_does_not_depend_on_its_batch(settings):
     x[1] *= 0.1                                                       # pictures of very different importance
     x[2, :, 20:40, 20:40] = 1
     with torch.no_grad():
-        maps, taken = model.features(x)
+        maps, taken = model.image_features(x)
         for i in range(3):
-            alone, one = model.features(x[i:i + 1])
+            alone, one = model.image_features(x[i:i + 1])
             for a, b in zip(maps, alone, strict=True):
                 torch.testing.assert_close(a[i:i + 1], b, rtol=1e-10, atol=1e-10)
-            assert all(torch.equal(taken[level].count()[i:i + 1], one[level].count()) for level in ('p4', 'p5'))
+            assert all(torch.equal(count(taken[level])[i:i + 1], count(one[level])) for level in ('p4', 'p5'))
 
 
 def test_shuffled_memory_is_that_of_another_image():
@@ -276,8 +282,8 @@ def test_joint_selection_shares_one_budget_whatever_the_norms():
     assert (n4 >= 1).all() and (n5 >= 1).all() and torch.equal(n4 + n5, torch.tensor([10] * 4)) and n4[0] != n4[1]
     louder, _ = model.joint_counts(p4 * 64, p5)
     assert torch.equal(n4, louder)
-    _, taken = model.features(torch.rand(2, 3, 64, 96))
-    assert ((taken['p4'].count() + taken['p5'].count()) == 10).all()
+    _, taken = model.image_features(torch.rand(2, 3, 64, 96))
+    assert ((count(taken['p4']) + count(taken['p5'])) == 10).all()
 
 
 def test_a_block_taken_out_leaves_the_other_its_tokens():
@@ -286,13 +292,13 @@ def test_a_block_taken_out_leaves_the_other_its_tokens():
     for gone in ((), ('block4',), ('block5',), ('block4', 'block5')):
         model = small(keep='joint', k=(0, 7, 3), memory='scale', gate=0.0)
         remove_blocks(model, gone)
-        counts.append({level: taken.count().tolist() for level, taken in model.features(x)[1].items()})
+        counts.append({level: count(taken).tolist() for level, taken in model.image_features(x)[1].items()})
     assert counts[1:] == [dict(p5=counts[0]['p5']), dict(p4=counts[0]['p4']), {}]
 
 
 def test_k_per_level():
     model = small(k=(0, 5, 0.5), attn='-SS', keep='mass:1')
-    _, taken = model.features(torch.rand(1, 3, 64, 96))
+    _, taken = model.image_features(torch.rand(1, 3, 64, 96))
     assert taken['p4'].cells.shape == (1, 5) and taken['p5'].cells.shape == (1, 3)
     assert taken['p4'].tokens.shape == (1, 5, 128)
     assert small(k=4).block4.k == small(k=4).block5.k == 4

@@ -8,6 +8,7 @@ from PIL import Image
 
 import plots
 from configurator import InputError
+from prepare import drawings
 
 NAMES = ['left', 'right']
 
@@ -138,14 +139,14 @@ def test_evaluation_plots(tmp_path, monkeypatch):
 
 def test_readme_drawings(tmp_path):
     (tmp_path / 'results.csv').write_text('arm,seed,AP\n---,0,0.3\n---,1,0.4\nfull,0,0.99\n')
-    bars = plots.read_results(tmp_path / 'results.csv')
+    bars = drawings.read_results(tmp_path / 'results.csv')
     assert bars == {'---': [0.3, 0.4], 'full': [0.99]}
     boxes = [(4, 4, 28, 28), (1500, 3, 1520, 23)]
-    plots.draw_long_range(Image.new('RGB', (2048, 32)), boxes, [0, 1], NAMES, bars, tmp_path / 'long_range.png')
-    plots.draw_network(tmp_path / 'network.png')
-    plots.draw_block(tmp_path / 'block.png')
+    drawings.draw_long_range(Image.new('RGB', (2048, 32)), boxes, [0, 1], NAMES, bars, tmp_path / 'long_range.png')
+    drawings.draw_network(tmp_path / 'network.png')
+    drawings.draw_block(tmp_path / 'block.png')
     for name in ('network', 'block', 'long_range'):
         assert Image.open(tmp_path / f'{name}.png').width == 1600
     (tmp_path / 'results.csv').write_text('arm,seed\nfull,0\n')
     with pytest.raises(InputError, match='under AP'):
-        plots.read_results(tmp_path / 'results.csv')
+        drawings.read_results(tmp_path / 'results.csv')

@@ -288,7 +288,7 @@ def test_attention_by_hand(folder, monkeypatch):
         seen = report.watch_blocks(model, dataset, [0, 2], (64, 64))['p4']
         # the second box covers the centre of cell 3 of the first image; the other image has none
         figures = [[2, 0.5, 1 / 16, distance, 1.5, entropy], [2, 0, 0, distance, 1.5, entropy]]
-        assert np.allclose(seen['figures'], figures, atol=1e-6)
+        assert np.allclose(seen['measured'], figures, atol=1e-6)
         assert seen['often'].tolist() == [[2, 0, 0, 2]] + [[0] * 4] * 3 and seen['focus'] == 3
     assert not model.block4._forward_pre_hooks
 
