@@ -48,7 +48,7 @@ from configurator import InputError, configure
 from data import letterbox, load_image, rect_shape, to_rgb
 from eval import OnnxModel, cpu_count, input_shape, load_model, predict, undo_letterbox
 from labels import SUFFIXES, read_list, yolo_labels
-from plots import draw_boxes, draw_tokens
+from plots import draw_boxes, draw_tokens, shade_unselected
 
 source = ''                         # image, video, folder, 'glob*', or list.txt
 weights = 'out/best.pt'             # a checkpoint of train.py, a YOLOv8 .pt, or an .onnx of export.py
@@ -193,17 +193,6 @@ def show_tokens(model, image, path, **settings):
               f'{padding.sum()} in the padding{note}')
 
 
-def shade_unselected(image, shape, stride, scale, corner, selected, weights):
-    """The image with all cells but the selected ones darkened; the rest is what selected_tokens says of a level."""
-    dark = np.full(shape[0] * shape[1], 180, np.uint8)                                # (N,) of 255
-    dark[selected] = 0
-    left, top = np.array(corner) / scale
-    h, w = np.array(shape) * stride / scale                                           # in image pixels
-    mask = Image.fromarray(dark.reshape(shape)).resize((round(w), round(h)), Image.NEAREST)
-    mask = mask.crop((round(left), round(top), round(left) + image.width, round(top) + image.height))
-    return Image.composite(Image.new('RGB', image.size), image, mask)
-
-
 def read_batches(files):
     """Lists of (i, image or InputError) for files[i], batch_size at a time; threads read the next batch meanwhile."""
     def read(i):
@@ -310,7 +299,7 @@ def detect_video(model, file, name, add, **settings):
                 if save_images:
                     writers[''].write(draw_detections(image, rows, model.names), seconds)
                 for level, view in levels.items():
-                    shaded = shade_unselected(image, *view)
+                    shaded = shade_unselected(image, *view[:-1])
                     writers[f'_{level}'].write(draw_detections(shaded, rows, model.names), seconds)
                 add(found | dict(frame=number, seconds=round(seconds, 6))
                     for found in coco_results(rows, number, file, model.names))

@@ -1,6 +1,6 @@
 """
-Pictures and charts: boxes on images, training curves, evaluation plots, selected tokens, parts of the report. (What is
-drawn on video frames is detect.py's, on clips benches/clip.py's; the README's drawings are prepare/drawings.py's.)
+Pictures and charts: boxes on images, training curves, evaluation plots, selected tokens, parts of the report. (The
+README's drawings are made by prepare/drawings.py and benches/clip.py.)
 
 Images are drawn with Pillow, charts with matplotlib, which is imported when first needed. Without it training curves
 are skipped with a printed line; a picture that was asked for by name raises InputError. Of ours this file imports only
@@ -78,6 +78,17 @@ def shade_cells(image, strength, colour):
     """Lay a colour over the cells of an image, as strongly as strength (h, w) in 0..1 says."""
     mask = Image.fromarray((strength * 255).astype(np.uint8)).resize(image.size, Image.NEAREST)
     return Image.composite(Image.new('RGB', image.size, colour), image, mask)
+
+
+def shade_unselected(image, shape, stride, scale, corner, selected):
+    """A video frame with all cells but the selected ones darkened; the other arguments are those of draw_tokens."""
+    dark = np.full(shape[0] * shape[1], 180, np.uint8)                                # (N,) of 255
+    dark[selected] = 0
+    left, top = np.array(corner) / scale
+    h, w = np.array(shape) * stride / scale                                           # in image pixels
+    mask = Image.fromarray(dark.reshape(shape)).resize((round(w), round(h)), Image.NEAREST)
+    mask = mask.crop((round(left), round(top), round(left) + image.width, round(top) + image.height))
+    return Image.composite(Image.new('RGB', image.size), image, mask)
 
 
 def draw_tokens(image, corner, scale, shape, stride, selected, heat, focus, row, names, path):
