@@ -13,7 +13,6 @@ arms = (('muon', '--optimizer=muon --lr=0.03'),
         ('muon with adamw backbone', '--lr=0.03 --optimizer_backbone=adamw --lr_backbone=0.0667'),
         ('muon with adamw neck', '--lr=0.03 --optimizer_neck=adamw --lr_neck=0.0667'),
         ('muon with adamw head', '--lr=0.03 --optimizer_head=adamw --lr_head=0.0667'),
-        ('muon 0.015', '--optimizer=muon --lr=0.015'),
         ('lion', '--optimizer=lion --lr=0.001 --momentum=0.9 --epochs=9'))
 seeds = (0, 1, 2)
 test = 'data/bccd/test.json'
