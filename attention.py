@@ -506,6 +506,7 @@ class PublishedLayer(TokensOnly):
 
     def attention(self, x, memory=None, memory_mask=None, chosen=None):
         chosen = self.select_tokens(x) if chosen is None else chosen
+        x = x.to(self.place.weight.dtype)                                             # x may come from under autocast
         return super().attention(x + self.place(x), memory, memory_mask, chosen)
 
 

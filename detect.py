@@ -81,6 +81,8 @@ def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, 
     for i, image in enumerate(images):
         if isinstance(image, Image.Image):
             image = to_rgb(image)
+        elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(f'image {i} is an array {image.shape} of {image.dtype}: give (height, width, 3) of uint8')
         size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
         as_trained = isinstance(imgsz, tuple) or shape[0] != shape[1] or not getattr(model, 'rect', True)
         group = shape if model.fixed_imgsz or as_trained else rect_shape([size], max(shape), pad=0)
@@ -369,6 +371,9 @@ def main():
     failures, above = 0, f'objects of score {threshold:.3g} and up'
     with json_list(os.path.join(out_dir, 'detections.json') if save_json else os.devnull) as add:
         try:
+            if pictures and model.frames:
+                print('warning: this network remembers earlier frames, which only videos have here: every image counts '
+                      'as the first of its video')
             if pictures:
                 objects, failures = detect_files(model, *zip(*pictures, strict=True), add, **settings)
                 print(f'{out_dir}: {len(pictures) - failures} images, {objects} {above}')

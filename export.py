@@ -76,8 +76,8 @@ images = ''                         # folder of data's images; '' looks beside t
 out = ''                            # the file; '' is the weights' name, then _fp16 or _int8, then .onnx or .pt2
 
 # a list and a pattern, which configure() does not take for settings
-QUANTISED = ['Conv', 'Concat', 'MaxPool', 'Resize', 'Add', 'Mul', 'Sigmoid', 'Split']         # operators in int8
-FLOAT = re.compile(r'block\d/|after/|\w+_head/(node_|(box|cls)/\d/2/)|head/encoder/aifi/|head/(?!encoder/)')
+QUANTISED = ['Conv', 'Concat', 'MaxPool', 'Resize', 'Add', 'Mul', 'Sigmoid']                  # operators in int8
+FLOAT = re.compile(r'block\d(_scale)?/|after/|\w+_head/(node_|(box|cls)/\d/2/)|head/encoder/aifi/|head/(?!encoder/)')
 
 
 # --- the network in the file -----------------------------------------------------------------------------------------
@@ -141,6 +141,8 @@ def make_network(model, imgsz, dynamic, precision, best_f1, settings):
     if dynamic and (min(H, W) < 64 or any(0 < block.k < 1 for block in sparse)):
         raise InputError(f'--dynamic=True takes sides of 64 and more and k as a count, got {H}x{W} and '
                          f'k={model.cfg.k}: use --dynamic=False')
+    if dynamic and getattr(getattr(model, 'backbone', None), 'position_resize', '') == 'scale':
+        raise InputError('position_resize=scale ties the file to one image size: use --dynamic=False')
     network = Exported(copy.deepcopy(model).half() if precision == 'fp16' else model, **settings).eval()
     sides = {0: torch.export.Dim('batch'), 2: 32 * torch.export.Dim('h'), 3: 32 * torch.export.Dim('w')}
     metadata = dict(
@@ -153,7 +155,9 @@ def make_network(model, imgsz, dynamic, precision, best_f1, settings):
     if network.detections:
         metadata |= dict(conf=network.conf, iou=network.iou, max_det=network.max_det,
                          multi_label=network.multi_label)
-    example = torch.rand(2 if dynamic else 1, 3, H, W)                                # a batch of 1 would be a constant
+    if dynamic:                                            # a batch of 1, and one tile of W and N, would be constants
+        H, W = max(H, 288), max(W, 288)
+    example = torch.rand(2 if dynamic else 1, 3, H, W)
     return network, (example,), (sides,) if dynamic else None, {name: str(value) for name, value in metadata.items()}
 
 

@@ -641,6 +641,8 @@ class HSVDET(nn.Module):
                     imgsz=self.imgsz, **more)
 
     def save(self, path, **more):
+        if isinstance(self.backbone.stem.bn, nn.Identity):
+            raise InputError('a fused model cannot be saved: load it with fuse=False, save, then fuse')
         torch.save(self.checkpoint(**more), path)
 
     @classmethod

@@ -202,7 +202,8 @@ class SparseGlobalBlock(nn.Module):
         if kept is None and memory_mask is None:
             return None
         there = kept if memory_mask is None else memory_mask
-        parts = [there.new_ones(len(there), n) if mask is None else mask for mask, n in ((kept, k), (memory_mask, T))]
+        B = there.shape[0]                                   # len() would be a constant of an exported file
+        parts = [there.new_ones(B, n) if mask is None else mask for mask, n in ((kept, k), (memory_mask, T))]
         return torch.cat(parts, 1)[:, None, None]
 
     def split(self, t):

@@ -122,8 +122,8 @@ class VideoWriter:
     def open(self, size):
         try:
             self.container = self.av.open(f'file:{self.path}', 'w', format='mp4')
-            self.stream = self.container.add_stream('h264', fractions.Fraction(self.rate).limit_denominator(1001),
-                                                    options=dict(preset='veryfast', crf='20'))
+            rate = max(fractions.Fraction(self.rate).limit_denominator(1001), fractions.Fraction(1, 1001))
+            self.stream = self.container.add_stream('h264', rate, options=dict(preset='veryfast', crf='20'))
         except (self.av.error.FFmpegError, OSError, ValueError) as e:
             raise InputError(f'{self.path} cannot be written ({e}): name another --out_dir=, or get an FFmpeg with an '
                              'H.264 encoder, pip install "av>=17"') from None

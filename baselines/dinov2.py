@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from configurator import InputError
-from model import Conv
+from model import Conv, call
+from sparse_attention import autocast_off
 
 PATCH = 14                                                         # pixels; every DINOv2 has this patch size
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)           # of ImageNet, RGB in 0..1
@@ -117,7 +118,9 @@ class Block(nn.Module):
     def attention(self, x):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # (B, nh, T, hs) each
-        y = F.scaled_dot_product_attention(q, k, v)                                   # (B, nh, T, hs)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with autocast_off(x):
+            y = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide)).to(x.dtype)        # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
     def forward(self, x):
@@ -340,7 +343,7 @@ class DINOv2(nn.Module):
             grid = F.interpolate(grid, size=(h, w), mode='bicubic', antialias=self.position_resize == 'antialias')
         return torch.cat((self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)), 1)
 
-    def forward_features(self, images, layers=None, norm=True):
+    def forward_features(self, images, layers=None, norm=True, run=call):
         """
         Normalized images (B, 3, 14 h, 14 w) -> a list of tokens (B, 1 + R + h * w, width), one for each of `layers`.
 
@@ -358,12 +361,12 @@ class DINOv2(nn.Module):
         x = torch.cat((prefix.expand(B, -1, -1), patches), 1)                         # (B, 1 + R + h * w, C)
         tokens = {}
         for number, block in enumerate(self.blocks[:max(layers)], 1):
-            x = block(x)
+            x = run(block, x)
             tokens[number] = x
         return [self.norm(tokens[number]) if norm else tokens[number] for number in layers]
 
-    def forward(self, images, run=None):
-        """images (B, 3, H, W) in 0..1, H and W multiples of 32 -> p3, p4, p5 at strides 8, 16, 32. run: not used."""
+    def forward(self, images, run=call):
+        """images (B, 3, H, W) in 0..1, H and W multiples of 32 -> p3, p4, p5 at strides 8, 16, 32. run: HSVDET.run."""
         _, _, H, W = images.shape
         assert H % 32 == 0 and W % 32 == 0, f'image sides must be multiples of 32, got {H}x{W}'
         # The patch is 14 px and the heads want strides 8, 16, 32. Shrinking the image by 14/16 makes each patch exactly
@@ -374,5 +377,5 @@ class DINOv2(nn.Module):
         x = F.interpolate(images, size=(h * PATCH, w * PATCH), mode='bilinear', align_corners=False)
         x = (x - self.mean) / self.std
         maps = [tokens[:, 1 + self.registers:].transpose(1, 2).unflatten(2, (h, w))   # (B, C, h, w) each
-                for tokens in self.forward_features(x)]
+                for tokens in self.forward_features(x, run=run)]
         return self.pyramid(torch.cat(maps, 1))

@@ -18,7 +18,7 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw
 
-from configurator import configure
+from configurator import InputError, configure
 from prepare.shapes import write_set
 
 # settings
@@ -79,6 +79,8 @@ def draw_clip(rng, size=64, same=False):
 
 def make_clips(out='data/clips', train=1500, val=200, size=64, same=False, seed=0):
     """Write the set, see the top of this file. Raises InputError."""
+    if size < 32:
+        raise InputError(f'--size={size}: must be at least 32 pixels, or the plates have no room')
     draw = functools.partial(draw_clip, size=size, same=same)
     write_set(out, NAMES, draw, train, val, seed, suffix=f'_{FRAMES - 1}')            # the last frame has the labels
 

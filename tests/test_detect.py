@@ -240,6 +240,20 @@ def test_tokens(model, folder, tmp_path, monkeypatch, capsys):
     assert len(rows) and not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_tokens_of_p_in_bf16():
+    torch.manual_seed(0)
+    model = HSVDET(HSVDETConfig('n', 3, '--P', k=4)).eval()
+    model.imgsz = (64, 64)
+    _, levels = detect.selected_tokens(model, Image.new('RGB', (60, 40), 'red'), dtype='bfloat16')
+    assert list(levels) == ['p5']
+
+
+@pytest.mark.parametrize('array', [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3))])
+def test_other_arrays_get_a_sentence(model, array):
+    with pytest.raises(InputError, match='image 0 is an array'):
+        detect.detect_images(model, [array])
+
+
 @pytest.mark.parametrize('attn', ['---', '-DD', '--M'])
 def test_tokens_need_a_block_that_selects(attn, folder, tmp_path, monkeypatch):
     plain = HSVDET(HSVDETConfig('n', 3, attn))

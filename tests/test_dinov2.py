@@ -265,6 +265,15 @@ def test_a_token_sees_its_own_cell(monkeypatch, registers):
         assert torch.equal(differs[level], expected)
 
 
+def test_attention_is_float32_under_autocast(reference, monkeypatch):
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention',
+                        lambda q, k, v: seen.append(q.dtype) or attention(q, k, v))
+    with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+        reference.forward_features(torch.rand(1, 3, 28, 28))
+    assert seen and set(seen) == {torch.float32}
+
+
 def test_mean_and_std_are_inside():
     model = small()
     seen = {}

@@ -391,6 +391,14 @@ def test_onnx_of_any_size_equals_eager(keep):
     check_onnx(lambda images: model(images)[0], [model], (torch.rand(2, 3, 96, 128),), (images,), sides)
 
 
+@pytest.mark.parametrize('letter', ['S', 'T'])
+def test_keep_leaves_the_batch_free_in_an_export(letter):
+    block = block_of(letter, keep='mass:0.5')
+    program = torch.export.export(block, (torch.rand(2, 16, 8, 8),), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    x = torch.rand(5, 16, 8, 8)
+    torch.testing.assert_close(program.module()(x), block(x))
+
+
 def test_time_is_not_exported():
     model = small(memory='time')
     with pytest.raises(InputError, match='memory=time carries a state'):

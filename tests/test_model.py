@@ -239,6 +239,11 @@ def test_detect_leaves_the_mode_and_orders_by_score():
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
+def test_a_fused_model_is_not_saved(tmp_path):
+    with pytest.raises(InputError, match='fuse=False'):
+        HSVDET(HSVDETConfig('n', 3)).fuse().save(tmp_path / 'fused.pt')
+
+
 def test_save_and_load(tmp_path):
     model = alive(small(attn='-S-', select='learned', k=0.25))
     model.names, model.imgsz = ['a', 'b', 'c'], (64, 96)

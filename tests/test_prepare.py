@@ -139,6 +139,8 @@ def test_makers_complain_in_one_sentence(tmp_path):
                         (dict(seed=-1), '--seed=-1'), (dict(size=8), '--size=8')):
         with pytest.raises(InputError, match=words):
             make_shapes(**{**dict(out=tmp_path / 'x', train=1, val=1), **more})
+    with pytest.raises(InputError, match='--size=24'):
+        make_clips(str(tmp_path / 'x'), train=1, val=1, size=24)
 
 
 # ----------------------------------------------------------------------------------------------- COCO

@@ -127,6 +127,14 @@ def test_odd_sizes_one_frame_and_colours(size, tmp_path):
         assert np.abs(np.array(again.getpixel((x, 9))) - colour).max() < 12
 
 
+def test_a_frame_an_hour(tmp_path):
+    with video.VideoWriter(str(tmp_path / 'slow.mp4'), 1 / 3600) as writer:
+        for hour in range(3):
+            writer.write(Image.new('RGB', (16, 16), RED), 3600.0 * hour)
+    frames, _ = read(tmp_path / 'slow.mp4')
+    assert [seconds for _, seconds, _ in frames] == [0, 3600, 7200]
+
+
 @pytest.mark.parametrize('turn', [90, 180, 270])
 def test_rotation(turn, tmp_path):
     """What a telephone stores lying on its side is seen as people see it: turned counterclockwise."""
