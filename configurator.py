@@ -29,7 +29,10 @@ class InputError(ValueError):
 def print_error(kind, error, trace):
     """The excepthook of every script: mistakes of users get one sentence, bugs keep their traceback."""
     if issubclass(kind, InputError):
-        print(f'error: {error}', file=sys.stderr)
+        message = str(error)
+        if 'Original Traceback' in message:                        # raised in a loader process: its last line
+            message = message.strip().splitlines()[-1].removeprefix('configurator.InputError: ')
+        print(f'error: {message}', file=sys.stderr)
         return
     traceback.print_exception(kind, error, trace)
     if kind.__name__ == 'OutOfMemoryError':                        # torch's, by name, so that torch need not be loaded

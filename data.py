@@ -355,6 +355,8 @@ class DetectionDataset:
         Image i, or the one `back` frames before it, as (3, h, w) uint8, at 1/shrink. None, and one printed warning, if
         it cannot be used; an earlier frame that cannot be used is replaced by grey.
         """
+        if len(self.broken) == len(self):
+            raise InputError(f'not one image of {self.source} can be used')
         if i in self.broken or back and self.read(i) is None:        # without its last frame a clip is of no use
             return None
         file = self.clip_files(i)[-1 - back]
@@ -535,9 +537,12 @@ def split_command(source, share, group, seed):
         if os.path.exists(path):
             raise InputError(f'{path} is there already: move it away first')
     for path, part in zip(paths, split_labels(read_coco(source), share, group, seed), strict=True):
-        with open(path + '.part', 'w', encoding='utf-8') as f:
-            json.dump(part, f)
-        os.replace(path + '.part', path)
+        try:
+            with open(path + '.part', 'w', encoding='utf-8') as f:
+                json.dump(part, f)
+            os.replace(path + '.part', path)
+        except OSError as e:
+            raise InputError(f'{path} cannot be written ({e.strerror}): copy {source} to a folder of yours') from None
         print(f'{path}: {len(part["images"])} images, {len(part["annotations"])} annotations')
 
 

@@ -447,7 +447,8 @@ def coco_summary(coco_eval):
 def best_f1(coco_eval, category=None):
     """
     dict(score, P, R, F1): the threshold (detections of this score and above stay) at which F1 of a category, or of all
-    categories counted together, is largest at IoU 0.5. All None without objects or without detections.
+    categories counted together, is largest at IoU 0.5. All None without objects or without detections. As COCO's AP, it
+    looks at the 100 best detections of a class in an image: where more objects than that are, it is too high.
     """
     parts = list(coco_eval.matches.values()) if category is None else [coco_eval.matches[category]]
     scores, correct = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
@@ -674,11 +675,11 @@ def main():
     show('best F1, IoU 0.5', {'all classes': summary['best_f1']})
     summary['duplicates'] = duplicates(coco_gt, table)
     print(f'\nduplicates: {summary["duplicates"]:.3f} per object at score 0.25')
-    if folder:
-        with open(os.path.join(folder, 'detections.json'), 'w', encoding='utf-8') as f:
-            json.dump([dict(image_id=int(image), category_id=int(category), bbox=[round(v, 3) for v in box],
-                            score=round(score, 6)) for image, *box, score, category in table.tolist()], f)
     try:
+        if folder:
+            with open(os.path.join(folder, 'detections.json'), 'w', encoding='utf-8') as f:
+                json.dump([dict(image_id=int(image), category_id=int(category), bbox=[round(v, 3) for v in box],
+                                score=round(score, 6)) for image, *box, score, category in table.tolist()], f)
         if plots or report:
             from report import draw_plots, make_page  # here, as it imports this file
         if plots:
@@ -689,7 +690,9 @@ def main():
             folder = folder or os.path.dirname(from_json or weights)
             make_page(folder, data, coco_gt, coco_eval, table, summary, dataset, model, weights, clock,
                       settings | dict(ious=(ious[best],)))
-    finally:                                                         # the metrics are not lost with a picture
+    except OSError as e:
+        raise InputError(f'{e.filename or folder} cannot be written ({e.strerror}): name another --out_dir=') from None
+    finally:                                                         # the metrics are not lost with a file
         print(json.dumps(summary))
 
 

@@ -29,7 +29,7 @@ from pycocotools import mask as coco_mask
 import eval as ev
 from checkpoint import read_checkpoint
 from configurator import InputError
-from data import PAD_VALUE, letterbox, load_image
+from data import PAD_VALUE, DetectionDataset, letterbox, load_image
 from detect import detect_images, selected_tokens, selecting_blocks
 from plots import ALL, data_uri, draw_confusion, draw_precision_recall, log_panels, svg_cells, svg_chart, svg_picture
 
@@ -506,7 +506,7 @@ def write_report(out_dir, data, images='', imgsz=0, batch_size=16, device='cpu')
     settings = dict(imgsz=imgsz, batch_size=batch_size, rect=False, dtype='float32', device=str(device))
     try:
         model = ev.load_model(weights, str(device))
-        dataset = ev.open_data(data, model.names, images, frames=model.frames)
+        dataset = DetectionDataset(data, images, names=model.names, frames=model.frames)           # as train.py did
         (detections,), clock = ev.predict_dataset(model, dataset, **settings, verbose=False)
     except InputError as e:
         return f'no report: {e}'

@@ -331,6 +331,9 @@ def load_resume():
 def restore(saved):
     """The state of model, EMA, optimizers and scaler from a checkpoint; this command's settings win over its own."""
     try:
+        for name in ('optimizer', *map('optimizer_{}'.format, PARTS)):
+            if saved['config'].get(name, config[name]) != config[name]:
+                raise ValueError(f'{name}={saved["config"][name]}')
         model.load_state_dict(saved['model'])
         ema.load_state_dict(saved['ema'])
         for o, state in zip(optimizers, saved['optimizers'], strict=True):
@@ -349,10 +352,16 @@ def restore(saved):
 
 config['num_classes'] = len(train_set.names)
 resume = load_resume() if init_from == 'resume' else None
+if resume and list(resume.get('names', train_set.names)) != list(train_set.names):
+    raise InputError(f'{train_data} has the classes {", ".join(train_set.names[:5])}, the run to resume had '
+                     f'{", ".join(resume["names"][:5])}: resume with its labels, or start from its weights')
 if init_from in ('scratch', 'resume'):
     model = Detector(build(DetectorConfig, config))
 else:
     model = Detector.from_pretrained(init_from, verbose=is_main_process, **asdict(build(DetectorConfig, config)))
+if sorted(model.names) == sorted(train_set.names) and list(model.names) != list(train_set.names):
+    print0(f'warning: {init_from} has these classes in another order, {", ".join(model.names[:5])}: what it knows of '
+           'one goes to another')
 model.names, model.imgsz, model.checkpointing = train_set.names, imgsz, checkpointing
 model = model.to(device, memory_format=torch.channels_last)
 if sync_bn and ddp:
@@ -570,7 +579,7 @@ def evaluate_and_log(row):
         for buffer in ema.buffers():                                                  # BatchNorm is the model's
             dist.broadcast(buffer, 0)
     stats = evaluate(ema, val_set, imgsz, batch_size=max(1, micro), device=device, rank=rank, world_size=world_size)
-    improved, best = stats['AP'] > best, max(best, stats['AP'])
+    before, improved, best = best, stats['AP'] > best, max(best, stats['AP'])
     if not is_main_process:
         return
     blocks = block_columns(val_set[0, 0]['image'][None].to(device).float() / 255)
@@ -581,6 +590,7 @@ def evaluate_and_log(row):
                                    ema.checkpoint(AP=best, best_f1=stats['best_f1'], step=step,
                                                   total_steps=total_steps, config=config, commit=commit))
         if warning:
+            best = before                                                             # the next may still be written
             print0(f'warning: {warning}')
     save_checkpoint()
     try:
@@ -620,7 +630,7 @@ for module in frozen + (norms if freeze_bn else []):
 last = min(total_steps, max_steps) if max_steps else total_steps
 first_step, shown_step, skipped, waited, evaluating, warned = step, step, 0, 0.0, 0.0, False
 started = shown = time.time()
-if step == 0 and init_from != 'scratch':                                      # what the weights are worth as they come
+if step == 0 and init_from not in ('scratch', 'resume'):                              # what the weights are worth
     evaluate_and_log(dict(step=0, epoch=0.0, lr=0.0))
 while step < last:
     # 1) learning rate
@@ -714,7 +724,8 @@ while step < last:
         break
 
 if is_main_process:
-    log_file.close()
+    with contextlib.suppress(OSError):                                                # a full disk was said before
+        log_file.close()
     seconds = time.time() - started
     print0(f'{(seconds - evaluating) / 60:.2f} min of training and {evaluating / 60:.2f} of evaluation, '
            f'{(step - first_step) * batch_size / seconds:.1f} images/s with everything; '

@@ -416,7 +416,7 @@ def make_training(name, num_classes):
     ema = copy.deepcopy(model).requires_grad_(False)
     model.checkpointing = checkpointing
     kinds = dict.fromkeys(PARTS, optimizer)
-    return model, ema, make_optimizers(model.param_groups(1.0, weight_decay), kinds, 1e-3, momentum, 0.999)
+    return model, ema, make_optimizers(model.param_groups(1e-3, weight_decay), kinds, 1e-3, momentum, 0.999)
 
 
 def training_step(model, ema, optimizers, batch, clock):

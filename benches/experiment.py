@@ -16,6 +16,7 @@ t test, which says little below five seeds.
 Minutes are those of the training process: its CPU time over its threads, which other work on the machine hardly
 stretches, and by the clock. Choose settings on val_data; the images of `test` are for the figure that is reported.
 """
+import contextlib
 import csv
 import json
 import os
@@ -97,10 +98,13 @@ def train_and_evaluate(arm, of_arm, seed):
         if os.path.exists(os.path.join(folder, 'ckpt.pt')):
             arguments.append('--init_from=resume')
     else:                                                          # another arm's run of this name is not gone on with
+        for file in ('ckpt.pt', 'ckpt_prev.pt'):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, file))
         with open(known, 'w', encoding='utf-8') as f:
             f.write(command)
-        if os.path.exists(spent):
-            os.remove(spent)
+    if '--init_from=resume' not in arguments and os.path.exists(spent):                    # its clock starts anew too
+        os.remove(spent)
     run('train.py', arguments, os.path.join(folder, 'train.txt'), spent)
     with open(spent, encoding='utf-8') as f:
         cpu, clock = (sum(map(float, column)) / 60 for column in zip(*map(str.split, f), strict=True))

@@ -49,8 +49,8 @@ def read_log(path):
 
 
 def read_settings(folder):
-    """The settings of a run as its best.pt or ckpt.pt has them, {} without either; and the steps it is to have."""
-    for name in ('best.pt', 'ckpt.pt'):
+    """The settings of a run as its ckpt.pt or best.pt has them, {} without either; and the steps it is to have."""
+    for name in ('ckpt.pt', 'best.pt'):
         path = os.path.join(folder, name)
         if os.path.exists(path):
             try:

@@ -106,6 +106,13 @@ def test_out_of_memory_keeps_its_line(capsys):
     assert "raise OutOfMemoryError('CUDA out of memory')" in said and '--grad_accum' in said
 
 
+def test_what_a_loader_process_says_is_one_sentence(capsys):
+    said = ('Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n'
+            'configurator.InputError: not one image can be used\n')
+    print_error(InputError, InputError(said), None)
+    assert capsys.readouterr().err == 'error: not one image can be used\n'
+
+
 def test_scripts_answer_in_one_sentence():
     done = subprocess.run([sys.executable, 'train.py', '--bogus=1'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == (

@@ -91,6 +91,14 @@ def test_a_run_that_was_stopped_is_no_row(monkeypatch, tmp_path):
     with pytest.raises(InputError):
         experiment.train_and_evaluate('a', '--lr=1', 0)                # an arm that was edited does not go on with it
     assert [resumed for _, _, resumed in ran] == [False, True, False]
+    monkeypatch.setattr(experiment, 'run', lambda *_: 1 / 0)                    # broken off before train.py has tidied
+    with pytest.raises(ZeroDivisionError):
+        experiment.train_and_evaluate('a', '--lr=2', 0)
+    assert not (tmp_path / 'out/experiments/e/a_0/ckpt.pt').exists()
+    assert not (tmp_path / 'out/experiments/e/a_0/seconds.txt').exists()
+    monkeypatch.setattr(experiment, 'run', run)
+    with pytest.raises(InputError):
+        experiment.train_and_evaluate('a', '--lr=1', 0)
     with open(tmp_path / 'out/experiments/e/a_0/seconds.txt') as f:
         assert f.read() == '6.0 6.0\n'
 
