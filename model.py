@@ -641,7 +641,7 @@ class HSVDET(nn.Module):
                     imgsz=self.imgsz, **more)
 
     def save(self, path, **more):
-        if isinstance(self.backbone.stem.bn, nn.Identity):
+        if any(isinstance(module, Conv) and isinstance(module.bn, nn.Identity) for module in self.modules()):
             raise InputError('a fused model cannot be saved: load it with fuse=False, save, then fuse')
         torch.save(self.checkpoint(**more), path)
 
