@@ -292,8 +292,10 @@ def previous_frame(file):
     number = re.search(r'\d+(?=\.\w+$)', file)
     if not number or not int(number[0]):
         return file
-    earlier = f'{file[:number.start()]}{int(number[0]) - 1:0{len(number[0])}d}{file[number.end():]}'
-    return earlier if os.path.isfile(earlier) else file
+    before = str(int(number[0]) - 1)
+    likely = [file[:number.start()] + digits + file[number.end():]             # 10.jpg follows 09.jpg, or 9.jpg
+              for digits in (before.zfill(len(number[0])), before)]
+    return next((earlier for earlier in likely if os.path.isfile(earlier)), file)
 
 
 class DetectionDataset:

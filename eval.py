@@ -50,7 +50,7 @@ from pycocotools.cocoeval import COCOeval
 from checkpoint import check_best_f1, read_weights
 from configurator import InputError, configure
 from data import PAD_VALUE, DetectionDataset, letterbox, load_image, rect_shape
-from labels import ground_truth, read_coco, read_labels
+from labels import evaluation_part, ground_truth, read_coco, read_labels
 from model import HSVDET, select_detections
 
 weights = ''                        # out/best.pt, a YOLOv8 .pt, or an .onnx of export.py
@@ -219,6 +219,7 @@ def remove_blocks(model, names):
 
 def open_data(source, names, images='', **settings):
     """The dataset; its classes in the order of the model's `names`, if the model knows all of them."""
+    source = evaluation_part(source)
     dataset = DetectionDataset(source, images=images, **settings)
     if set(dataset.names) <= set(names) and list(names) != list(dataset.names):
         dataset = DetectionDataset(source, images=images, names=names, **settings)
@@ -421,11 +422,13 @@ def run_cocoeval(coco_gt, detections, bins=None):
     by_category = {c['id']: [] for c in coco_gt['categories']}
     for i, a in enumerate(coco_gt['annotations']):
         by_category[a['category_id']].append(a if bins is None else dict(a, area=bins[i]))
-    how = {} if bins is None else dict(binned=True, areaRng=[[b, b] for b in range(4)])
     parts, matches = [], {}
     with contextlib.redirect_stdout(io.StringIO()):                  # pycocotools prints
         for category in sorted(by_category):
             mine = detections[detections[:, 6] == category]
+            # COCO's figures look at the 100 best detections of a class in an image; a threshold needs all of them
+            how = (dict(maxDets=[1, 10, 100, max(101, len(mine))]) if bins is None else
+                   dict(binned=True, areaRng=[[b, b] for b in range(4)]))
             coco_eval = match_detections(by_category[category], mine, catIds=[category], **how)
             if bins is None:
                 matches[category] = matched_scores(coco_eval)
@@ -447,8 +450,7 @@ def coco_summary(coco_eval):
 def best_f1(coco_eval, category=None):
     """
     dict(score, P, R, F1): the threshold (detections of this score and above stay) at which F1 of a category, or of all
-    categories counted together, is largest at IoU 0.5. All None without objects or without detections. As COCO's AP, it
-    looks at the 100 best detections of a class in an image: where more objects than that are, it is too high.
+    categories counted together, is largest at IoU 0.5. All None without objects or without detections.
     """
     parts = list(coco_eval.matches.values()) if category is None else [coco_eval.matches[category]]
     scores, correct = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
@@ -488,7 +490,7 @@ def evaluate(model, dataset, imgsz, nms_iou=0.7, rank=0, world_size=1, **setting
 
 def mean_metrics(coco_eval, k=slice(None), a=0):
     """AP, AP50, AR100 and the recall at IoU 0.5 of class k (of all) in range a; -1 marks a class without objects."""
-    p, r = coco_eval.eval['precision'][:, :, k, a, -1], coco_eval.eval['recall'][:, k, a, -1]   # (T, R, K), (T, K)
+    p, r = coco_eval.eval['precision'][:, :, k, a, 2], coco_eval.eval['recall'][:, k, a, 2]     # (T, R, K), (T, K)
     parts = dict(AP=p, AP50=p[:1], AR100=r, recall50=r[:1])
     return {name: round(float(x[x > -1].mean()), 5) if (x > -1).any() else None for name, x in parts.items()}
 
@@ -645,7 +647,8 @@ def main():
                     device=device, antialias=antialias)
     model = dataset = clock = None
     if from_json:                                                    # no image is needed
-        coco_gt = ground_truth(read_coco(data)) if data.endswith('.json') else read_labels(data, images).coco()
+        coco_gt = (ground_truth(read_coco(data)) if data.endswith('.json') else
+                   read_labels(evaluation_part(data), images).coco())
         tables, speed = [read_detections(from_json, coco_gt)], {}
     else:
         model, dataset, tables, clock = run_model(settings)
@@ -686,7 +689,7 @@ def main():
             draw_plots(coco_eval, coco_gt, table, folder)
         if report:
             with contextlib.suppress(InputError):                    # images that are elsewhere: then no pictures
-                dataset = dataset or DetectionDataset(data, images=images)
+                dataset = dataset or DetectionDataset(evaluation_part(data), images=images)
             folder = folder or os.path.dirname(from_json or weights)
             make_page(folder, data, coco_gt, coco_eval, table, summary, dataset, model, weights, clock,
                       settings | dict(ious=(ious[best],)))

@@ -280,7 +280,8 @@ def ground_truth(data):
 def find_images(source, file_names):
     """The folder in which the files of a COCO json lie, when nobody named it: the likely one beside it, or ''."""
     folder, stem = os.path.split(os.path.splitext(source)[0])
-    stems = [stem, stem.removeprefix('instances_'), re.sub(r'^instances_|_\d+$', '', stem)]    # train2017_20: train2017
+    # train2017_20.json, a part of prepare.coco, has the images of train2017; so has what data.py split makes
+    stems = [stem, stem.removeprefix('instances_'), re.sub(r'^instances_|_(\d+|train|val)$', '', stem)]
     likely = [*(('images', s) for s in stems), ('images',), *((s,) for s in stems), (),
               *(('..', s) for s in stems), *(('..', 'images', s) for s in stems), ('..', 'images')]
     folders = [os.path.join(folder, *parts) for parts in likely]
@@ -546,6 +547,11 @@ def read_voc_set(table, root, names):
 
 
 # ------------------------------------------------------------------------------------------ reading, splitting
+
+def evaluation_part(source):
+    """my/data.yaml -> my/data.yaml:val, unless a part is named: nobody measures on what was trained on by oversight."""
+    return re.sub(r'\.ya?ml$', r'\g<0>:val', source)
+
 
 def read_labels(source, images='', names=None):
     """

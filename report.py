@@ -360,7 +360,7 @@ def show_threshold(coco_eval, summary):
         return ''
     for k, (name, category) in enumerate(zip(summary['by_class'], coco_eval.params.catIds, strict=True)):
         if coco_eval.matches[category][2]:                                   # it has objects
-            curves[name] = coco_eval.eval['precision'][0, :, k, 0, -1], *coco_eval.matches[category]
+            curves[name] = coco_eval.eval['precision'][0, :, k, 0, 2], *coco_eval.matches[category]
     if len(curves) > 1:
         scores, correct, objects = zip(*coco_eval.matches.values(), strict=True)
         mean = np.mean([curve[0] for curve in curves.values()], 0)
@@ -442,7 +442,7 @@ def describe(saved, model, coco_gt, data, settings):
 def draw_plots(coco_eval, coco_gt, detections, folder):
     """folder/precision_recall.png at IoU 0.5, of the classes with objects, and folder/confusion.png at score 0.25."""
     ap50s = {name: row['AP50'] for name, row in ev.per_class(coco_eval, coco_gt).items() if row['AP50'] is not None}
-    curves = coco_eval.eval['precision'][0, :, :, 0, -1]                     # (101, K)
+    curves = coco_eval.eval['precision'][0, :, :, 0, 2]                      # (101, K), of 100 detections
     draw_precision_recall(coco_eval.params.recThrs, curves[:, curves[0] > -1], list(ap50s), list(ap50s.values()),
                           os.path.join(folder, 'precision_recall.png'))
     names = [c['name'] for c in coco_gt['categories']]

@@ -51,6 +51,7 @@ from checkpoint import read_checkpoint, write_checkpoint
 from configurator import InputError, build, configure
 from data import Augment, DetectionDataset, collate, to_image
 from eval import cpu_count, evaluate
+from labels import evaluation_part
 from model import HSVDET, HSVDETConfig
 from optimizers import KINDS, PARTS, make_optimizers, set_precision
 from plots import draw_boxes, draw_curves, image_grid, save_image
@@ -186,6 +187,8 @@ for wrong, message in (
                                            'BatchNorm independent of them'),
         (batch_size % max(1, grad_accum * world_size), f'batch_size={batch_size} does not divide into '
                                                        f'grad_accum={grad_accum} micro-batches on {world_size} ranks'),
+        (imgsz == (32, 32) and batch_size == grad_accum * world_size and not freeze_bn,
+         'imgsz=32 with micro-batches of one image leaves BatchNorm a single value at P5: choose a larger --imgsz'),
         (optimizer not in KINDS, f'--optimizer={optimizer}: must be one of {" ".join(KINDS)}'),
         *((config[name] not in ('', *KINDS), f'--{name}={config[name]}: must be one of {" ".join(KINDS)}')
           for name in map('optimizer_{}'.format, PARTS)),
@@ -231,6 +234,7 @@ if ddp:
     dist.barrier()
 memory_frames = config['frames'] if arch == 'hsvdet' and 'time' in config['memory'] else 0  # earlier frames per image
 train_set = DetectionDataset(train_data, train_images, imgsz, augment, seed, cache_mb, frames=memory_frames)
+val_data = evaluation_part(val_data)
 val_set = DetectionDataset(val_data, val_images, imgsz, names=train_set.names, frames=memory_frames)
 objects = np.bincount(np.concatenate(train_set.labels), minlength=len(train_set.names))
 n_images, micro = len(train_set), batch_size // (grad_accum * world_size)

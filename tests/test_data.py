@@ -374,6 +374,14 @@ def test_a_clip_is_its_frames_oldest_first(tmp_path):
     assert batch['images'].shape == (2, 3, 3, 64, 96) and batch['labels'].shape == (2, 1)
 
 
+def test_frame_before_of_numbers_with_and_without_zeros(tmp_path):
+    for name in ('a9.jpg', 'a10.jpg', 'b09.jpg', 'b10.jpg', 'b9.jpg', 'c1.jpg'):
+        (tmp_path / name).touch()
+    before = {'a10.jpg': 'a9.jpg', 'b10.jpg': 'b09.jpg', 'a9.jpg': 'a9.jpg', 'c1.jpg': 'c1.jpg'}
+    for name, wanted in before.items():
+        assert data.previous_frame(str(tmp_path / name)) == str(tmp_path / wanted)
+
+
 def test_frames_of_a_clip_are_augmented_alike_and_a_clip_is_a_function_of_its_key(tmp_path):
     """Frames of one brightness each: after Mosaic, scale, shift and flip they still differ by 50 at every pixel."""
     source = write_clips(str(tmp_path))

@@ -111,6 +111,19 @@ def test_best_f1_by_hand():
     assert set(ev.best_f1(ev.run_cocoeval(make_gt(), rows)).values()) == {None}
 
 
+def test_best_f1_in_a_crowd_of_more_than_100():
+    """150 objects of one class, each found: AP sees 100 of them, as COCO's does, the threshold all."""
+    boxes = [[20 * (i % 15), 20 * (i // 15), 10, 10] for i in range(150)]
+    scores = np.linspace(0.9, 0.5, 150).round(4).tolist()
+    coco_gt = make_gt(*((1, 3, box) for box in boxes))
+    rows = make_detections(*((1, 3, box, score) for box, score in zip(boxes, scores, strict=True)))
+    E = ev.run_cocoeval(coco_gt, rows)
+    assert ev.best_f1(E) == dict(score=0.5, P=1.0, R=1.0, F1=1.0)
+    assert ev.coco_summary(E)['AR100'] == pytest.approx(2 / 3)
+    assert ev.mean_metrics(E)['AR100'] == pytest.approx(2 / 3, abs=1e-5)
+    assert ev.coco_summary(E)['AP'] == pytest.approx(67 / 101)             # 101 recall levels, those up to 2/3 reached
+
+
 def test_best_f1_is_the_best_threshold():
     """Compared with the confusion matrix of one class at every threshold there is."""
     coco_gt, detections = random_case(10)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configurator import InputError
-from labels import ground_truth, image_size, read_coco, read_labels, split_labels
+from labels import evaluation_part, ground_truth, image_size, read_coco, read_labels, split_labels
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, '..', 'shared', 'data')
@@ -165,7 +165,8 @@ def test_ground_truth_is_what_pycocotools_needs(tmp_path):
 
 def test_folder_of_the_images_is_found(tmp_path):
     for image, source in (('images/val2017/a.png', 'annotations/instances_val2017.json'), ('s/b.png', 's.json'),
-                          ('images/train2017/c.png', 'annotations/instances_train2017_20.json')):
+                          ('images/train2017/c.png', 'annotations/instances_train2017_20.json'),
+                          ('images/default/d.png', 'annotations/instances_default_val.json')):     # of data.py split
         draw(tmp_path / image)
         path = write_coco(tmp_path, [(1, os.path.basename(image), 100, 80)], [(1, 1, [0, 0, 9, 9], {})])
         os.makedirs(os.path.dirname(tmp_path / source), exist_ok=True)
@@ -227,6 +228,8 @@ def test_yaml_as_people_write_it(tmp_path, text, wanted):
     write(tmp_path / 'data.yaml', f'{text}\nval: val/images\nnc: 2\n')             # found above a folder, too
     assert read_labels(str(tmp_path / 'val')).names == wanted
     assert 'data.yaml has no entry "train:"' in complaint(path)
+    assert read_labels(evaluation_part(path)).names == wanted and evaluation_part(f'{path}:test') == f'{path}:test'
+    assert evaluation_part('val.json') == 'val.json'
 
 
 def test_yaml_nobody_can_use(tmp_path):

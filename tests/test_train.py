@@ -297,6 +297,7 @@ def test_overfits_eight_pictures(shapes):
 def test_bad_input_is_one_sentence(shapes, tmp_path):
     cases = [
         (['--imgsz=100'], 'imgsz must be one multiple of 32'),
+        (['--imgsz=32', '--batch_size=1'], 'a single value at P5'),
         (['--device=cuda'], 'sees no CUDA device; use --device=cpu'),
         (['--device=cuda:x'], 'must be auto, cpu, cuda or cuda:n'),
         (['--sync_bn=True'], 'needs CUDA devices'),
