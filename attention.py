@@ -23,6 +23,7 @@ kernel smoothing, Tsai et al. 2019 (1908.11775); linear attention, Katharopoulos
 mixing, FNet, Lee-Thorp et al. 2021 (2105.03824); tokens that skip a layer, Mixture-of-Depths, Raposo et al. 2024
 (2404.02258).
 """
+import functools
 import math
 
 import torch
@@ -59,14 +60,7 @@ HELP = {  # letter: what it is, FLOPs per token (two per multiply-add; c channel
     'T': 'tokens only: the k selected tokens attend and change, all others stay; (8kc^2 + 4k^2 c) / N',
     'P': 'a published layer on the k selected tokens: T, narrow heads, 7x7 positions, MLP; (16kc^2 + 4k^2 c) / N + 98c',
 }
-printed = set()
-
-
-def print_once(line):
-    """A fallback is reported once per process, not once per step."""
-    if line not in printed:
-        printed.add(line)
-        print(line)
+print_once = functools.cache(print)             # a fallback is reported once per process, not once per step
 
 
 def tokens(x):

@@ -24,8 +24,8 @@ import torch
 from configurator import InputError
 
 BACKBONE = ('stem', 'down2', 'stage2', 'down3', 'stage3', 'down4', 'stage4', 'down5', 'stage5', 'sppf')
-YOLOV8_NECK = {12: 'fpn4', 15: 'fpn3', 16: 'pan_down4', 18: 'pan4', 19: 'pan_down5', 21: 'pan5'}
-YOLOV8_LAYERS = dict(enumerate(BACKBONE)) | YOLOV8_NECK              # index in its names model.0 ... -> ours
+YOLOV8_LAYERS = dict(enumerate(BACKBONE)) | {                        # index in its names model.0 ... -> ours
+    12: 'fpn4', 15: 'fpn3', 16: 'pan_down4', 18: 'pan4', 19: 'pan_down5', 21: 'pan5'}
 YOLOV8_WIDTHS = {16: 'n', 32: 's', 48: 'm', 64: 'l', 80: 'x'}        # channels of the stem
 
 

@@ -81,6 +81,7 @@ def configure(namespace, *dataclass_settings, positional='', lenient=False, argv
         for field in dataclasses.fields(cls):
             settings.setdefault(field.name, field.default)           # the script's own default goes first
             kinds.setdefault(field.name, field.type)
+    named = ''                                                       # the positional argument
     for arg in sys.argv[1:] if argv is None else argv:
         if arg.startswith('--'):
             name, equals, text = arg[2:].partition('=')
@@ -91,8 +92,11 @@ def configure(namespace, *dataclass_settings, positional='', lenient=False, argv
             given, where = run_config(arg, settings), arg
             if lenient:
                 given = {name: value for name, value in given.items() if name in settings}
+        elif positional and not named:
+            given, where, named = {positional: arg}, arg, arg
         elif positional:
-            given, where = {positional: arg}, arg
+            raise InputError(f'{arg}: {positional} is {named} already, and takes one; a pattern such as "folder/*.jpg" '
+                             'needs quotes')
         else:
             raise InputError(f'{arg}: neither a config file (*.py) nor --key=value')
         for name, value in given.items():

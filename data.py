@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from configurator import InputError, configure
@@ -68,6 +68,12 @@ class Augment:
 
 # --- images ---------------------------------------------------------------------------------------------------------
 
+# by EXIF orientation; Pillow's exif_transpose also writes the EXIF anew, and fails where another tag of it is wrong
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+
+
 def load_image(path, size=None, shrink=1):
     """
     An image file as an upright RGB PIL.Image, whatever it was: grey, palette, CMYK, 16 bits, turned by EXIF.
@@ -87,8 +93,9 @@ def load_image(path, size=None, shrink=1):
             as_stored = turned and size is not None and tuple(size) == image.size
             image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()                                             # only now are the pixels read
-            if image.format != 'PNG' and not as_stored:
-                image = ImageOps.exif_transpose(image)
+            turn = UPRIGHT.get(image.getexif().get(0x0112)) if image.format not in ('PNG', 'TIFF') else None
+            if turn is not None and not as_stored:
+                image = image.transpose(turn)
             return to_rgb(image)
     except InputError:
         raise
@@ -103,6 +110,9 @@ def to_rgb(image):
     """A PIL.Image of any mode -> RGB."""
     if image.mode.startswith('I'):                                   # 16 bits: the upper 8 of them
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if image.mode == 'F':                                            # floats, of 0 to 1 or of 0 to 255
+        pixels = np.nan_to_num(np.asarray(image))
+        image = Image.fromarray((pixels * (255 if pixels.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
     return image if image.mode == 'RGB' else image.convert('RGB')
@@ -191,15 +201,15 @@ def letterbox(image, shape, longest=math.inf, antialias=True):
     return canvas.numpy(), scale, (xs[2], ys[2])
 
 
-def rect_shape(sizes, imgsz, stride=32, pad=0.5):
+def rect_shape(sizes, imgsz, pad=0.5):
     """
-    (H, W), multiples of `stride`, of the smallest input for pictures of `sizes` (n, 2) w, h whose longer side is made
+    (H, W), multiples of 32, of the smallest input for pictures of `sizes` (n, 2) w, h whose longer side is made
     imgsz, plus `pad` cells of slack. The published YOLOv8 figures are taken so: 640x480 at 320 goes into 256x352,
     and objects at the rim are found better for it.
     """
     sizes = np.asarray(sizes, float).reshape(-1, 2)
-    need = (sizes / sizes.max(1, keepdims=True)).max(0) * imgsz / stride  # (2,) cells wide, cells high
-    W, H = np.ceil(need + pad - 1e-9).astype(int) * stride
+    need = (sizes / sizes.max(1, keepdims=True)).max(0) * imgsz / 32      # (2,) cells wide, cells high
+    W, H = np.ceil(need + pad - 1e-9).astype(int) * 32
     return int(H), int(W)
 
 

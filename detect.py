@@ -43,11 +43,10 @@ from tqdm import tqdm
 
 import video
 from attention import selecting
-from checkpoint import check_best_f1
 from configurator import InputError, configure
 from data import letterbox, load_image, rect_shape, to_rgb
 from eval import OnnxModel, cpu_count, input_shape, load_model, predict, undo_letterbox
-from labels import SUFFIXES, read_list, yolo_labels
+from labels import SUFFIXES, printable, read_list, yolo_labels
 from plots import draw_boxes, draw_tokens, shade_unselected
 
 source = ''                         # image, video, folder, 'glob*', or list.txt
@@ -84,7 +83,7 @@ def detect_images(model, images, imgsz=0, batch_size=8, conf=0.25, nms_iou=0.7, 
         elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InputError(f'image {i} is an array {image.shape} of {image.dtype}: give (height, width, 3) of uint8')
         size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-        as_trained = isinstance(imgsz, tuple) or shape[0] != shape[1] or not getattr(model, 'rect', True)
+        as_trained = isinstance(imgsz, tuple) or shape[0] != shape[1] or not model.rect
         group = shape if model.fixed_imgsz or as_trained else rect_shape([size], max(shape), pad=0)
         groups[group].append((i, size, *letterbox(image, group)))
     results = [None] * len(images)
@@ -191,8 +190,8 @@ def show_tokens(model, image, path, **settings):
             note = f'; the largest weight at the best object is {heat.max() * len(selected):.1f} times the mean'
         draw_tokens(image, corner, scale, (h, w), stride, selected, heat, focus, row, model.names,
                     f'{path}_{level}.jpg')
-        print(f'\n{path}_{level}.jpg: {len(selected)} of {h * w} cells selected, {padding[selected].sum()} of '
-              f'{padding.sum()} in the padding{note}')
+        print(printable(f'\n{path}_{level}.jpg: {len(selected)} of {h * w} cells selected, '
+                        f'{padding[selected].sum()} of {padding.sum()} in the padding{note}'))
 
 
 def read_batches(files):
@@ -311,7 +310,7 @@ def detect_video(model, file, name, add, **settings):
             bar.update(len(batch))
     if reader.has_sound and save_images:
         command = ['ffmpeg', '-i', f'{path}.mp4', '-i', file, *'-map 0:v -map 1:a -c copy'.split(), f'{path}_sound.mp4']
-        print(f'{path}.mp4 is without sound, which is not copied; to add it: {shlex.join(command)}')
+        print(printable(f'{path}.mp4 is without sound, which is not copied; to add it: {shlex.join(command)}'))
     return reader.decoded, objects, reader.warning
 
 
@@ -342,7 +341,7 @@ def score_threshold(model):
         print(f'NMS is inside the file: nms_iou and max_det are its own, and no score is below {lowest}')
     if conf:
         return max(conf, lowest)
-    best = check_best_f1(model.best_f1, weights)
+    best = model.best_f1
     if best is None or best['score'] is None:
         raise InputError(f'--conf=0: {weights} does not say at which score F1 was best; python eval.py '
                          f'--weights={weights} --data=val.json prints that score, give it as --conf=')
@@ -380,7 +379,7 @@ def main():
             for file, name in videos:
                 try:
                     frames, objects, warning = detect_video(model, file, name, add, **settings)
-                    print(f'{out_dir}: {name}, {frames} frames, {objects} {above}')
+                    print(printable(f'{out_dir}: {name}, {frames} frames, {objects} {above}'))
                 except InputError as e:
                     warning = f'skipped: {e}'
                 if warning:

@@ -79,7 +79,6 @@ report = False                      # report.html, a page with every figure and 
 out_dir = ''                        # for detections.json, png, report.html; '': none, out/eval with plots, and the
                                     # report beside the weights or from_json
 
-# lists, because configure() takes tuples for settings
 KEYS = ['AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
         'AR1', 'AR10', 'AR100', 'AR_small', 'AR_medium', 'AR_large']
 BINS = ['0-0.1', '0.1-0.3', '0.3-0.5', '>0.5 (heavy overlap)', '>20 objects (extreme crowd)']
@@ -282,26 +281,30 @@ def undo_letterbox(rows, scale, corner, size):
     return np.concatenate([((rows[:, :4] - np.tile(corner, 2)) / scale).clip(0, np.tile(size, 2)), rows[:, 4:]], 1)
 
 
+def read_photo(dataset, row, back=0):
+    """An image of a dataset, or the frame `back` before it; grey where it cannot be read."""
+    size = tuple(dataset.sizes[row].tolist())
+    try:
+        return load_image(dataset.clip_files(row)[-1 - back], size)
+    except InputError:
+        return Image.new('RGB', size, (PAD_VALUE,) * 3)
+
+
 def load_sample(dataset, row, shape, longest, antialias):
     """
     -> row, canvas (H, W, 3) or of a clip (F, H, W, 3), scale, corner, seconds, error: None, or why the image cannot be
-    used (all is grey).
+    used (all is grey). An earlier frame that cannot be used is grey.
     """
     start = time.perf_counter()
-    files, size = dataset.clip_files(row), tuple(dataset.sizes[row])
-    clip = (len(files),) if dataset.frames else ()
+    clip = (dataset.frames + 1,) if dataset.frames else ()
     try:
-        images = [load_image(files[-1], size)]
-        for file in files[-2::-1]:                                   # an earlier frame that cannot be used is grey
-            try:
-                images.insert(0, load_image(file, size))
-            except InputError:
-                images.insert(0, Image.new('RGB', size, (PAD_VALUE,) * 3))
-        frames = [letterbox(image, shape, longest, antialias) for image in images]
-        canvas = np.stack([frame for frame, _, _ in frames])                          # (F, H, W, 3)
-        return row, canvas.reshape(*clip, *canvas.shape[1:]), *frames[-1][1:], time.perf_counter() - start, None
+        last = load_image(dataset.files[row], tuple(dataset.sizes[row]))
     except InputError as e:
         return row, np.full((*clip, *shape, 3), PAD_VALUE, np.uint8), 1.0, (0, 0), 0.0, e
+    images = [*(read_photo(dataset, row, back) for back in range(dataset.frames, 0, -1)), last]
+    frames = [letterbox(image, shape, longest, antialias) for image in images]
+    canvas = np.stack([frame for frame, _, _ in frames]) if clip else frames[0][0]
+    return row, canvas, *frames[-1][1:], time.perf_counter() - start, None
 
 
 def load_batches(dataset, batches, shape, rect, antialias):
@@ -435,7 +438,7 @@ def run_cocoeval(coco_gt, detections, bins=None):
             coco_eval.accumulate()
             parts.append(coco_eval.eval)
     coco_eval.eval = dict(precision=np.concatenate([p['precision'] for p in parts], 2),
-                  recall=np.concatenate([p['recall'] for p in parts], 1))
+                          recall=np.concatenate([p['recall'] for p in parts], 1))
     coco_eval.params.catIds, coco_eval.matches = sorted(by_category), matches
     return coco_eval
 
@@ -466,13 +469,13 @@ def best_f1(coco_eval, category=None):
     return dict(score=float(scores[best])) | {name: round(float(value), 5) for name, value in metrics.items()}
 
 
-def evaluate(model, dataset, imgsz, nms_iou=0.7, rank=0, world_size=1, **settings):
+def evaluate(model, dataset, imgsz, rank=0, world_size=1, **settings):
     """
     The twelve COCO numbers as a dict, the same on every rank and for any number of ranks; None: no such objects. With
     them best_f1: its score, P, R and F1 over all classes, and by_class, the same of each class by name.
     settings: those of predict_dataset. The model keeps its training mode.
     """
-    (table,), _ = predict_dataset(model, dataset, imgsz, ious=(nms_iou,), rank=rank, world_size=world_size, **settings)
+    (table,), _ = predict_dataset(model, dataset, imgsz, rank=rank, world_size=world_size, **settings)
     parts, numbers = [table] + [None] * (world_size - 1), [None]
     if world_size > 1:
         torch.distributed.gather_object(table, parts if rank == 0 else None)
@@ -531,9 +534,9 @@ def match_at_half(coco_gt, detections, by_class=True):
     where it has none (a false positive), -2 where it counts neither way, in a crowd region; which objects were missed.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        coco_eval = match_detections(coco_gt['annotations'], detections, useCats=int(by_class), iouThrs=np.array([0.5]),
-                             maxDets=[max(1, len(detections))], areaRng=[[0, 1e10]],
-                             catIds=[c['id'] for c in coco_gt['categories']])
+        coco_eval = match_detections(coco_gt['annotations'], detections, useCats=int(by_class),
+                                     iouThrs=np.array([0.5]), maxDets=[max(1, len(detections))],
+                                     areaRng=[[0, 1e10]], catIds=[c['id'] for c in coco_gt['categories']])
     matched, missed = np.full(len(detections), -1), np.zeros(len(coco_gt['annotations']), bool)
     for e in filter(None, coco_eval.evalImgs):
         found, objects = np.array(e['dtIds'], int) - 1, np.array(e['gtIds'], int) - 1
@@ -594,6 +597,13 @@ def read_detections(path, coco_gt):
     return table
 
 
+def write_detections(table, path):
+    """(n, 7) as of predict_dataset -> a COCO results file."""
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump([dict(image_id=int(image), category_id=int(category), bbox=[round(v, 3) for v in box],
+                        score=round(score, 6)) for image, *box, score, category in table.tolist()], f)
+
+
 def print_warnings(model, dataset):
     for kind, (count, example) in dataset.issues.items():
         if kind.startswith('image'):
@@ -630,6 +640,22 @@ def show(title, table):
         print(f'{name:<{width}}' + ''.join(f'{cell:>10}' for cell in cells))
 
 
+def predict_or_read(settings):
+    """
+    What is to be evaluated -> ground truth; for each NMS threshold a table (n, 7); figures of speed; and model,
+    dataset and predict_dataset's clock, all None with from_json.
+    """
+    if from_json:                                                    # no image is needed
+        coco_gt = (ground_truth(read_coco(data)) if data.endswith('.json') else
+                   read_labels(evaluation_part(data), images).coco())
+        return coco_gt, [read_detections(from_json, coco_gt)], {}, None, None, None
+    model, dataset, tables, clock = run_model(settings)
+    coco_gt = dataset.coco()
+    known = [c['id'] for c in coco_gt['categories']]                 # the model may have classes that the data has not
+    speed = dict(images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2))
+    return coco_gt, [table[np.isin(table[:, 6], known)] for table in tables], speed, model, dataset, clock
+
+
 def main():
     if not data:
         raise InputError('no ground truth given: add --data=path/val.json, or a YOLO folder')
@@ -645,17 +671,7 @@ def main():
         raise InputError(f'--out_dir={folder} cannot be written ({e.strerror}): name another') from None
     settings = dict(imgsz=imgsz, batch_size=batch_size, rect=rect, conf=conf, ious=ious, max_det=max_det, dtype=dtype,
                     device=device, antialias=antialias)
-    model = dataset = clock = None
-    if from_json:                                                    # no image is needed
-        coco_gt = (ground_truth(read_coco(data)) if data.endswith('.json') else
-                   read_labels(evaluation_part(data), images).coco())
-        tables, speed = [read_detections(from_json, coco_gt)], {}
-    else:
-        model, dataset, tables, clock = run_model(settings)
-        coco_gt = dataset.coco()
-        known = [c['id'] for c in coco_gt['categories']]             # the model may have classes that the data has not
-        tables = [table[np.isin(table[:, 6], known)] for table in tables]
-        speed = dict(images=clock['images'], images_per_s=round(clock['images'] / clock['all'], 2))
+    coco_gt, tables, speed, model, dataset, clock = predict_or_read(settings)
     evaluations = [run_cocoeval(coco_gt, table) for table in tables]
     numbers = [coco_summary(coco_eval) for coco_eval in evaluations]
     best = max(range(len(tables)), key=lambda i: numbers[i]['AP'] or 0)
@@ -679,10 +695,8 @@ def main():
     summary['duplicates'] = duplicates(coco_gt, table)
     print(f'\nduplicates: {summary["duplicates"]:.3f} per object at score 0.25')
     try:
-        if folder:
-            with open(os.path.join(folder, 'detections.json'), 'w', encoding='utf-8') as f:
-                json.dump([dict(image_id=int(image), category_id=int(category), bbox=[round(v, 3) for v in box],
-                                score=round(score, 6)) for image, *box, score, category in table.tolist()], f)
+        if folder and not from_json:
+            write_detections(table, os.path.join(folder, 'detections.json'))
         if plots or report:
             from report import draw_plots, make_page  # here, as it imports this file
         if plots:

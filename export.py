@@ -75,7 +75,6 @@ data = ''                           # check on these images, and print AP before
 images = ''                         # folder of data's images; '' looks beside the json
 out = ''                            # the file; '' is the weights' name, then _fp16 or _int8, then .onnx or .pt2
 
-# a list and a pattern, which configure() does not take for settings
 QUANTISED = ['Conv', 'Concat', 'MaxPool', 'Resize', 'Add', 'Mul', 'Sigmoid']                  # operators in int8
 FLOAT = re.compile(r'block\d(_scale)?/|after/|\w+_head/(node_|(box|cls)/\d/2/)|head/encoder/aifi/|head/(?!encoder/)')
 
@@ -141,12 +140,12 @@ def make_network(model, imgsz, dynamic, precision, best_f1, settings):
     if dynamic and (min(H, W) < 64 or any(0 < block.k < 1 for block in sparse)):
         raise InputError(f'--dynamic=True takes sides of 64 and more and k as a count, got {H}x{W} and '
                          f'k={model.cfg.k}: use --dynamic=False')
-    if dynamic and getattr(getattr(model, 'backbone', None), 'position_resize', '') == 'scale':
+    if dynamic and getattr(model.backbone, 'position_resize', '') == 'scale':
         raise InputError('position_resize=scale ties the file to one image size: use --dynamic=False')
     network = Exported(copy.deepcopy(model).half() if precision == 'fp16' else model, **settings).eval()
     sides = {0: torch.export.Dim('batch'), 2: 32 * torch.export.Dim('h'), 3: 32 * torch.export.Dim('w')}
     metadata = dict(
-        arch=model.checkpoint()['arch'], config=json.dumps(asdict(model.cfg)), nms=model.nms,
+        arch=model.arch, config=json.dumps(asdict(model.cfg)), nms=model.nms,
         names=json.dumps(model.names), num_classes=len(model.names), imgsz=json.dumps([H, W]), stride=32,
         precision=precision, best_f1=json.dumps(best_f1),
         preprocessing='RGB, scaled with antialiasing to fit (H, W) with its aspect kept, centred on grey 114, divided '
@@ -345,7 +344,7 @@ def main():
     path = out or os.path.splitext(weights)[0] + ('' if precision == 'fp32' else f'_{precision}') + suffix
     check_settings(path, suffix)
     model = load_model(weights, nms=not one2one).to(memory_format=torch.contiguous_format)
-    if one2one and 'one2one_head' not in dict(model.named_children()):
+    if one2one and getattr(model, 'one2one_head', None) is None:
         raise InputError(f'--one2one=True: {weights} has no one-to-one head, train with --one2one=True or leave the '
                          'setting out')
     shape = input_shape(model, imgsz)

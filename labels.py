@@ -31,7 +31,8 @@ from PIL import Image
 from configurator import InputError
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)    # Pillow's
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, AttributeError, struct.error,      # Pillow's
+                Image.DecompressionBombError)
 MIN_SIDE = 1e-3              # pixels: float32 could not tell the two sides of a smaller box apart
 MAX_SIDE = 100_000           # pixels: a larger width or height of an image is a mistake in the label file
 MAX_CLASSES = 100_000        # a larger class number is a mistake, and the list of names up to it would fill the memory

@@ -33,7 +33,7 @@ from attention import HELP, make_block, selecting
 from checkpoint import fill, read_weights
 from configurator import InputError, build, configure
 from loss import box_iou, decode_boxes, detection_loss, flatten_maps, make_anchor_points
-from sparse_attention import sincos_2d, stable_topk
+from sparse_attention import autocast_off, sincos_2d, stable_topk
 
 SCALES = {                                                           # depth, width, largest channel count before width
     'n': (0.33, 0.25, 1024),
@@ -336,9 +336,8 @@ class Backbone(nn.Module):
 
 class SelectedTokens(NamedTuple):
     """The tokens that a block selected in B images, for other blocks to attend to."""
-    cells: torch.Tensor                                                               # (B, k) row-major cell indices
-    kept: torch.Tensor | None                                                         # (B, k) bool; None: all of them
     tokens: torch.Tensor                                                              # (B, k, C), of the block's output
+    kept: torch.Tensor | None                                                         # (B, k) bool; None: all of them
 
 
 class FrameEmbedding(nn.Module):
@@ -395,6 +394,7 @@ class HSVDET(nn.Module):
     the step. With pos=True these tokens carry the positional encoding of their cell.
     """
 
+    arch = 'hsvdet'            # in checkpoints and exported files
     LOSSES = ('box', 'cls', 'dfl')                                                    # of each part, for the log
     rect = True                # trained on squares it takes rectangles too: convolutions and blocks work on any H x W
 
@@ -470,7 +470,7 @@ class HSVDET(nn.Module):
         tokens = x.flatten(2).transpose(1, 2).gather(1, chosen.cells[..., None].expand(-1, -1, C))    # (B, k, C)
         if mixer.pos:
             tokens = tokens + sincos_2d(H, W, C, x.device).to(x.dtype)[chosen.cells]
-        return x, SelectedTokens(chosen.cells, chosen.kept, tokens)
+        return x, SelectedTokens(tokens, chosen.kept)
 
     def joint_counts(self, p4, p5):
         """
@@ -571,12 +571,12 @@ class HSVDET(nn.Module):
         if targets is None:
             return self.run(self.inference_head(), *features), {}
         maps = self.run(self.detect_head, *features)
-        with torch.autocast(images.device.type, enabled=False):
+        with autocast_off(images):
             losses = dict(one2many=detection_loss(maps, targets))
         if self.one2one_head is not None:
             # it learns from the same features without shaping them, and one point alone is responsible for each object
             single = self.run(self.one2one_head, *(f.detach() for f in features))
-            with torch.autocast(images.device.type, enabled=False):
+            with autocast_off(images):
                 losses['one2one'] = detection_loss(single, targets, topk=1)
         return maps, losses
 
@@ -637,7 +637,7 @@ class HSVDET(nn.Module):
 
     def checkpoint(self, **more):
         """What from_pretrained needs (weights in full precision), and whatever else is passed, as one dict."""
-        return dict(arch='hsvdet', model=self.state_dict(), model_config=asdict(self.cfg), names=self.names,
+        return dict(arch=self.arch, model=self.state_dict(), model_config=asdict(self.cfg), names=self.names,
                     imgsz=self.imgsz, **more)
 
     def save(self, path, **more):

@@ -1,7 +1,7 @@
 """
 Which optimizer updates which part of the network (backbone, neck, block, head), and in which precision a part computes.
 
-    make_optimizers(groups, kinds, lr, momentum, beta2)      groups as a detector's param_groups() gives them, by part
+    make_optimizers(groups, kinds, momentum, beta2)          groups as a detector's param_groups() gives them, by part
     set_precision(model, groups, dtypes, device_type)
 
 AdamW and SGD are torch's. Muon is here because torch.optim.Muon takes matrices only, and computes in bfloat16, which a
@@ -78,8 +78,8 @@ class Muon(torch.optim.Optimizer):
     an AdamW step (0.2 sqrt(larger side), Liu et al. 2025, 2502.16982), so that lr and weight decay mean the same.
     """
 
-    def __init__(self, groups, lr, momentum):
-        super().__init__(groups, dict(lr=lr, momentum=momentum))
+    def __init__(self, groups, momentum):
+        super().__init__(groups, dict(momentum=momentum))
 
     @torch.no_grad()
     def step(self):
@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, mine)
 
 
-def from_library(kind, groups, lr, momentum):
+def from_library(kind, groups, momentum):
     """An optimizer of LIBRARY. Raises InputError where the package is missing."""
     try:
         import pytorch_optimizer
@@ -110,26 +110,33 @@ def from_library(kind, groups, lr, momentum):
         raise InputError(f'optimizer {kind} needs a package that is not installed: pip install pytorch_optimizer'
                          ) from None
     name, beta2 = LIBRARY[kind]
-    return getattr(pytorch_optimizer, name)(groups, lr, betas=(momentum, beta2))
+    return getattr(pytorch_optimizer, name)(groups, betas=(momentum, beta2))
 
 
-def make_optimizers(groups, kinds, lr, momentum, beta2):
+def make_optimizers(groups, kinds, momentum, beta2):
     """
-    kinds: dict part -> one of KINDS. Only AdamW and SGD update vectors and scalars; with the other kinds AdamW does.
-    momentum: of SGD (Nesterov) and Muon, the first beta of all others; beta2: of AdamW. One optimizer per kind; a
-    group's 'factor' is its share of the lr.
+    groups have their own lr, a group's 'factor' is its share of the run's. kinds: dict part -> one of KINDS. Only AdamW
+    and SGD update vectors and scalars; with the other kinds AdamW does. momentum: of SGD (Nesterov) and Muon, the first
+    beta of all others; beta2: of AdamW. One optimizer per kind.
     """
-    make = dict(adamw=lambda some: torch.optim.AdamW(some, lr, (momentum, beta2), fused=True),
-                sgd=lambda some: torch.optim.SGD(some, lr, momentum, nesterov=momentum > 0),
-                muon=lambda some: Muon(some, lr, momentum))
+    make = dict(adamw=lambda some: torch.optim.AdamW(some, betas=(momentum, beta2), fused=True),
+                sgd=lambda some: torch.optim.SGD(some, momentum=momentum, nesterov=momentum > 0),
+                muon=lambda some: Muon(some, momentum))
     by_kind = {}
     for group in groups:
         kind = kinds[group['part']]
         if kind not in ('adamw', 'sgd') and group['name'].endswith('no_decay'):       # vectors and scalars
             kind = 'adamw'
         by_kind.setdefault(kind, []).append(dict(group, factor=group['lr']))
-    return [make[kind](some) if kind in make else from_library(kind, some, lr, momentum)
+    return [make[kind](some) if kind in make else from_library(kind, some, momentum)
             for kind, some in by_kind.items()]
+
+
+def fastest_dtype(device):
+    """What dtype='auto' stands for: the fastest that is not emulated. bf16 without hardware for it is slow."""
+    if device.startswith('cuda'):
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    return 'bfloat16' if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else 'float32'
 
 
 def set_precision(model, groups, dtypes, device_type):

@@ -143,19 +143,18 @@ def log_panels(path):
     """log.csv -> {title of a panel: {label: [(epoch, value)]}}, without empty cells and columns, and broken rows."""
     with open(path, newline='', encoding='utf-8') as f:
         rows = [row for row in csv.DictReader(f) if row.get('epoch') and None not in row.values()]
-    panels = {title: {} for title in ('losses', 'AP', 'learning rate', 'gates', '|block(x) - x| / |x|', 'tokens kept')}
+    titles = {'AP': 'AP', 'lr': 'learning rate', 'gate_': 'gates', 'share_': '|block(x) - x| / |x|',
+              'kept_': 'tokens kept'}                                  # by the beginning of a column's name
+    panels = {title: {} for title in ('losses', *titles.values())}
     for column in rows[0] if rows else ():
         points = [(float(row['epoch']), float(row[column])) for row in rows if row[column]]            # (x, y)
         if points and column not in ('step', 'epoch', 'objects', 'grad_norm'):
-            title = ('AP' if column.startswith('AP') else 'learning rate' if column == 'lr' else
-                     'gates' if column.startswith('gate_') else
-                     '|block(x) - x| / |x|' if column.startswith('share_') else
-                     'tokens kept' if column.startswith('kept_') else 'losses')
+            title = next((title for start, title in titles.items() if column.startswith(start)), 'losses')
             panels[title][re.sub('^(gate|share|kept)_', '', column)] = points
     return {title: lines for title, lines in panels.items() if lines}
 
 
-def draw_curves(log_path, out_path, warmup_epochs, no_aug_start, title=''):
+def draw_curves(log_path, out_path, warmup_epochs, no_aug_start):
     """
     log.csv -> a png: losses, AP, learning rate, and of the attention blocks the gates and what they add to their input.
     Dotted lines mark the epochs at which warm-up ends and strong augmentation stops.
@@ -177,8 +176,6 @@ def draw_curves(log_path, out_path, warmup_epochs, no_aug_start, title=''):
         ax.grid(alpha=0.3)
         if len(lines) > 1:
             ax.legend(fontsize=9)
-    if title:
-        figure.suptitle(title)
     figure.savefig(out_path, dpi=90)
 
 
@@ -255,8 +252,7 @@ def svg_chart(title, lines, x_label, x_range=None, y_range=None, marks=()):
     """
     lines = {label: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
              for label, points in lines.items()}
-    xs, ys = zip(*[point for points in lines.values() for point in points], strict=True) if any(lines.values()) else (
-        (0.0,), (0.0,))
+    xs, ys = zip(*(sum(lines.values(), []) or [(0.0, 0.0)]), strict=True)
     (x0, x1), (y0, y1) = x_range or (min(xs), max(xs)), y_range or (min(0.0, *ys), max(ys))
     x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0)
     W, H, left, right, top, bottom = 360, 220, 44, 10, 10, 34

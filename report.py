@@ -29,7 +29,7 @@ from pycocotools import mask as coco_mask
 import eval as ev
 from checkpoint import read_checkpoint
 from configurator import InputError
-from data import PAD_VALUE, DetectionDataset, letterbox, load_image
+from data import DetectionDataset, letterbox
 from detect import detect_images, selected_tokens, selecting_blocks
 from plots import ALL, data_uri, draw_confusion, draw_precision_recall, log_panels, svg_cells, svg_chart, svg_picture
 
@@ -104,15 +104,6 @@ def picture(image, size):
     return f'<image width="{size[0]}" height="{size[1]}" preserveAspectRatio="none" href="{data_uri(image)}"/>'
 
 
-def read_photo(dataset, row, back=0):
-    """An image of a dataset, or the frame `back` before it; grey where it cannot be read, as evaluation takes it."""
-    size = tuple(dataset.sizes[row].tolist())
-    try:
-        return load_image(dataset.clip_files(row)[-1 - back], size)
-    except InputError:
-        return Image.new('RGB', size, (PAD_VALUE,) * 3)
-
-
 # --- what went right and wrong ---------------------------------------------------------------------------------------
 
 KINDS = 'duplicate', 'wrong class', 'badly placed', 'wrong class, badly placed', 'nothing labelled there'
@@ -174,7 +165,7 @@ def show_images(dataset, true, predicted):
     for heading, rows in choose_images(counts).items():
         text += f'<h3>{heading}</h3>'
         for row in rows:
-            image, name = read_photo(dataset, row), os.path.basename(dataset.files[row])
+            image, name = ev.read_photo(dataset, row), os.path.basename(dataset.files[row])
             size, note = image.size, '{:.0f} objects, {:.0f} missed, {:.0f} false alarms'.format(*counts[row])
             image.thumbnail((PHOTO, PHOTO))
             sides = ''
@@ -192,7 +183,7 @@ def show_crops(dataset, cases, true):
     parts = []
     for case in cases:
         row = dataset.image_ids.index(case.image)
-        image, name, (x1, y1, x2, y2) = read_photo(dataset, row), os.path.basename(dataset.files[row]), case.xyxy
+        image, name, (x1, y1, x2, y2) = ev.read_photo(dataset, row), os.path.basename(dataset.files[row]), case.xyxy
         side = round(min(max(2.2 * max(x2 - x1, y2 - y1), 48), max(image.size)))
         left, top = (round(np.clip((a + b - side) / 2, min(0, n - side), max(0, n - side)))
                      for a, b, n in ((x1, x2, image.width), (y1, y2, image.height)))
@@ -248,7 +239,7 @@ def watch_blocks(model, dataset, rows, shape):
         return found
     for row in sorted(rows, key=lambda row: -len(dataset.boxes[row])):
         state = [None] if model.frames else None                     # with memory=time the frames before it come first
-        *before, image = (read_photo(dataset, row, back) for back in reversed(range(dataset.frames + 1)))
+        *before, image = (ev.read_photo(dataset, row, back) for back in reversed(range(dataset.frames + 1)))
         for frame in before:
             detect_images(model, [frame], imgsz=shape, state=state)
         _, levels = selected_tokens(model, image, imgsz=shape, state=state)

@@ -53,7 +53,7 @@ from data import Augment, DetectionDataset, collate, to_image
 from eval import cpu_count, evaluate
 from labels import evaluation_part
 from model import HSVDET, HSVDETConfig
-from optimizers import KINDS, PARTS, make_optimizers, set_precision
+from optimizers import KINDS, PARTS, fastest_dtype, make_optimizers, set_precision
 from plots import draw_boxes, draw_curves, image_grid, save_image
 from report import write_report
 
@@ -146,19 +146,9 @@ def pick_device(device):
     return device
 
 
-def pick_dtype(dtype):
-    """'auto' -> the fastest that is not emulated: bf16 without hardware for it is slower than float32."""
-    if dtype == 'auto' and device_type == 'cuda':
-        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    if dtype == 'auto':
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return 'bfloat16' if fast else 'float32'
-    return dtype
-
-
 device = pick_device(device)
 device_type = device.partition(':')[0]
-dtype = pick_dtype(dtype)
+dtype = fastest_dtype(device) if dtype == 'auto' else dtype
 imgsz = (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
 for wrong, message in (
         (dtype not in ('float32', 'bfloat16', 'float16'),
@@ -187,8 +177,6 @@ for wrong, message in (
                                            'BatchNorm independent of them'),
         (batch_size % max(1, grad_accum * world_size), f'batch_size={batch_size} does not divide into '
                                                        f'grad_accum={grad_accum} micro-batches on {world_size} ranks'),
-        (imgsz == (32, 32) and batch_size == grad_accum * world_size and not freeze_bn,
-         'imgsz=32 with micro-batches of one image leaves BatchNorm a single value at P5: choose a larger --imgsz'),
         (optimizer not in KINDS, f'--optimizer={optimizer}: must be one of {" ".join(KINDS)}'),
         *((config[name] not in ('', *KINDS), f'--{name}={config[name]}: must be one of {" ".join(KINDS)}')
           for name in map('optimizer_{}'.format, PARTS)),
@@ -241,13 +229,16 @@ n_images, micro = len(train_set), batch_size // (grad_accum * world_size)
 if micro < 2 and config['memory'].endswith(':shuffled'):
     raise InputError(f'--memory={config["memory"]}: an image gets the tokens of another one of its micro-batch, which '
                      'has no other: a larger --batch_size, or a smaller --grad_accum')
+if micro == 1 and not freeze_bn and max(imgsz) * (1 - multi_scale) < 48:
+    raise InputError('32x32, which multi_scale may also make of 64x64, with one image a micro-batch leaves BatchNorm a '
+                     'single value at P5: a larger --imgsz or --batch_size')
 stretch = max(1.0, min_steps * batch_size / (epochs * n_images))
 if stretch > 1:
     epochs, warmup_epochs, no_aug_epochs, eval_interval = (
         some * stretch for some in (epochs, warmup_epochs, no_aug_epochs, eval_interval))
     print0(f'{epochs:.0f} epochs instead of {config["epochs"]}: {n_images} images then have {min_steps} steps '
            '(as you say it: --min_steps=0)')
-train_set.no_aug_epoch = epochs - no_aug_epochs
+train_set.no_aug_epoch = no_aug_start = epochs - no_aug_epochs
 total_steps = max(1, round(epochs * n_images / batch_size))
 print0(f'train: {n_images} images, {objects.sum()} objects, {len(objects)} classes; val: {len(val_set)} images')
 for where, s in ((train_data, train_set), (val_data, val_set)):
@@ -371,12 +362,12 @@ model = model.to(device, memory_format=torch.channels_last)
 if sync_bn and ddp:
     model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 kinds = {part: config[f'optimizer_{part}'] or optimizer for part in PARTS}
-factors = {part: config[f'lr_{part}'] for part in kinds}
+factors = {part: config[f'lr_{part}'] for part in PARTS}
 groups = model.param_groups(1.0, weight_decay, factors)      # before freezing: set_precision covers frozen parts too
 if freeze == 'backbone':
     model.backbone.requires_grad_(False)
-optimizers = make_optimizers(model.param_groups(1.0, weight_decay, factors), kinds, lr, momentum, beta2)
-dtypes = {part: config[f'dtype_{part}'] or dtype for part in kinds}
+optimizers = make_optimizers(model.param_groups(1.0, weight_decay, factors), kinds, momentum, beta2)
+dtypes = {part: config[f'dtype_{part}'] or dtype for part in PARTS}
 if set(dtypes.values()) == {dtype}:                                                   # all as autocast does it anyhow
     dtypes = {}
 half = 'float16' in (dtype, *dtypes.values())
@@ -415,7 +406,7 @@ log_path = os.path.join(out_dir, 'log.csv')
 parts = list(loss_params)
 loss_columns = {part: [name if part == parts[0] else f'{part}_{name}' for name in model.LOSSES] for part in parts}
 columns = ['step', 'epoch', 'lr', *sum(loss_columns.values(), []), 'objects', 'grad_norm',
-           *(f'{what}_{level}' for what in ('gate', 'share', *['kept'] * bool(config['keep']))
+           *(f'{what}_{level}' for what in ('gate', 'share', *(['kept'] if config['keep'] else []))
              for level in model.blocks()), 'AP', 'AP50', 'AP75']
 FILES = r'(ckpt|ckpt_prev|best)\.pt|log\.csv|curves\.png|batch\.png|val_\d+\.jpg|report\.html'
 
@@ -504,9 +495,9 @@ def lr_at(epoch):
     """Stage 1: linear up. Stage 2: half a cosine from lr to lr_final. Stage 3: lr_final."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
-    if epoch >= epochs - no_aug_epochs:
+    if epoch >= no_aug_start:
         return lr_final
-    done = (epoch - warmup_epochs) / (epochs - no_aug_epochs - warmup_epochs)
+    done = (epoch - warmup_epochs) / (no_aug_start - warmup_epochs)
     return lr_final + (lr - lr_final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -570,8 +561,7 @@ def draw_pictures():
         image = image[-1] if memory_frames else image                                 # the last frame of a clip
         zoom = max(1, 480 // max(image.shape))                                        # words need room
         picture = to_image(image).resize((image.shape[2] * zoom, image.shape[1] * zoom))
-        picture = draw_boxes(picture, found[:, :4].numpy() * zoom, found[:, 5].long().numpy(), val_set.names,
-                             found[:, 4].numpy())
+        picture = draw_boxes(picture, found[:, :4] * zoom, found[:, 5], val_set.names, found[:, 4])
         picture.save(os.path.join(out_dir, f'val_{i}.jpg'), quality=92)
 
 
@@ -598,7 +588,7 @@ def evaluate_and_log(row):
             print0(f'warning: {warning}')
     save_checkpoint()
     try:
-        draw_curves(log_path, os.path.join(out_dir, 'curves.png'), warmup_epochs, epochs - no_aug_epochs)
+        draw_curves(log_path, os.path.join(out_dir, 'curves.png'), warmup_epochs, no_aug_start)
         draw_pictures()
     except OSError as e:
         print0(f'warning: no pictures this time ({e.strerror})')
@@ -719,7 +709,11 @@ while step < last:
     previous = (step - 1) * batch_size / n_images
     due = step == last or int(epoch / eval_interval + 1e-9) > int(previous / eval_interval + 1e-9)
     if due:
-        evaluate_and_log(row)
+        try:
+            evaluate_and_log(row)
+        except Exception:                                                             # the steps are not lost with it
+            save_checkpoint()
+            raise
     if stop_requested or not due and save_interval and step % save_interval == 0:
         save_checkpoint()
     if stop_requested:

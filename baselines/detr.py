@@ -127,7 +127,8 @@ class RepVGG(nn.Module):
         self.conv2 = ConvNorm(c, c, 1, act=False)
 
     def forward(self, x):
-        return F.silu(self.conv1(x) + self.conv2(x) if self.conv2 is not None else self.conv1(x))
+        y = self.conv1(x)
+        return F.silu(y if self.conv2 is None else y + self.conv2(x))
 
     def fuse(self):
         """Moves the 1x1, as the centre of a 3x3, into the 3x3. Their BatchNorms must have been folded before."""
@@ -499,6 +500,7 @@ class DETR(nn.Module):
     is model.py's at cfg.scale, trained whole, or a frozen DINOv2 with LoRA adapters.
     """
 
+    arch = 'rtdetr'
     rect = False                                   # boxes are shares of the input, as it was trained: see model.HSVDET
 
     def __init__(self, cfg):
@@ -536,7 +538,8 @@ class DETR(nn.Module):
         return raw
 
     # word for word HSVDET's: of raw they see what decode() makes of it, and nms is False
-    run, postprocess, detect, save = HSVDET.run, HSVDET.postprocess, HSVDET.detect, HSVDET.save
+    run, postprocess, detect = HSVDET.run, HSVDET.postprocess, HSVDET.detect
+    checkpoint, save = HSVDET.checkpoint, HSVDET.save
 
     def fuse(self):
         """Inference form, in place: HSVDET's; then RepVGG's two convolutions become one, LoRA's adapters none."""
@@ -557,10 +560,6 @@ class DETR(nn.Module):
     def loss_parameters(self):
         """All losses share one normalizer, the number of objects: all parameters belong to one part."""
         return dict(detr=list(self.parameters()))
-
-    def checkpoint(self, **more):
-        """What from_pretrained needs (weights in full precision), and whatever else is passed, as one dict."""
-        return {**HSVDET.checkpoint(self, **more), 'arch': 'rtdetr'}
 
     @classmethod
     def from_pretrained(cls, path, verbose=True, **overrides):

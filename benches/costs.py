@@ -39,7 +39,7 @@ from configurator import InputError, build, configure
 from data import Augment, DetectionDataset, collate
 from loss import detection_loss, total_loss
 from model import HSVDET, HSVDETConfig, nms
-from optimizers import KINDS, PARTS, make_optimizers
+from optimizers import KINDS, PARTS, fastest_dtype, make_optimizers
 from plots import draw_attention_cost
 from sparse_attention import SparseGlobalBlockGated
 
@@ -133,17 +133,11 @@ def count_gflops(module, shape, forward=nn.Module.__call__):
     return counter.get_total_flops() / 1e9
 
 
-def has_bf16():
-    if device.startswith('cuda'):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def pick_dtype(training=False):
     """The setting, or what 'auto' stands for; in training that is train.py's choice."""
-    if dtype != 'auto' or not training:
-        return 'float32' if dtype == 'auto' else dtype
-    return 'bfloat16' if has_bf16() else 'float16' if device.startswith('cuda') else 'float32'
+    if dtype != 'auto':
+        return dtype
+    return fastest_dtype(device) if training else 'float32'
 
 
 def autocast(name):
@@ -158,7 +152,7 @@ def machine():
             name = next(iter(re.findall(r'model name\s*: *(.+)', f.read())), name)
     gpu = device.startswith('cuda')
     name = torch.cuda.get_device_name(device) if gpu else f'{name}, {torch.get_num_threads()} threads'
-    return f'{name}, bf16 {"yes" if has_bf16() else "no"}'
+    return f'{name}, bf16 {"yes" if fastest_dtype(device) == "bfloat16" else "no"}'
 
 
 def write_table(name, title, numbers, rows):
@@ -334,15 +328,13 @@ def time_parts(names, x):
 
 def onnx_session(model, x):
     """A function of the image that runs onnxruntime; raises InputError where a package for it is missing."""
+    from eval import OnnxModel
     from export import export_onnx
     os.makedirs(OUT_DIR, exist_ok=True)
     path = os.path.join(OUT_DIR, 'latency.onnx')
     export_onnx(model, path, tuple(x.shape[2:]))
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    return lambda image: session.run(None, {session.get_inputs()[0].name: image.contiguous().numpy()})
+    exported = OnnxModel(path)
+    return lambda image: exported.session.run(None, {exported.input_name: image.contiguous().numpy()})
 
 
 def time_passes(names, x):
@@ -416,7 +408,7 @@ def make_training(name, num_classes):
     ema = copy.deepcopy(model).requires_grad_(False)
     model.checkpointing = checkpointing
     kinds = dict.fromkeys(PARTS, optimizer)
-    return model, ema, make_optimizers(model.param_groups(1e-3, weight_decay), kinds, 1e-3, momentum, 0.999)
+    return model, ema, make_optimizers(model.param_groups(1e-3, weight_decay), kinds, momentum, 0.999)
 
 
 def training_step(model, ema, optimizers, batch, clock):

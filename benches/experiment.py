@@ -94,13 +94,19 @@ def train_and_evaluate(arm, of_arm, seed):
     arguments = [*shlex.split(f'{train} {of_arm.format(seed=seed)} {more}'), f'--seed={seed}', f'--out_dir={folder}',
                  '--eval_interval=1e9', '--save_interval=200', '--num_pictures=0', '--report=False']
     command, known = shlex.join(arguments), os.path.join(folder, 'command.txt')
+    files = [argument for argument in arguments if argument.endswith('.py')]
+    for file in filter(os.path.exists, files):                     # and what its config files say, and those they exec
+        with open(file, encoding='utf-8') as f:
+            text = f.read()
+        command += f'\n{text}'
+        files += re.findall(r"open\('([^']+\.py)'\)", text)
     if os.path.exists(known) and open(known, encoding='utf-8').read() == command:
         if os.path.exists(os.path.join(folder, 'ckpt.pt')):
             arguments.append('--init_from=resume')
     else:                                                          # another arm's run of this name is not gone on with
         for file in ('ckpt.pt', 'ckpt_prev.pt'):
             with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, file))
+                os.replace(os.path.join(folder, file), os.path.join(folder, f'before_{file}'))
         with open(known, 'w', encoding='utf-8') as f:
             f.write(command)
     if '--init_from=resume' not in arguments and os.path.exists(spent):                    # its clock starts anew too
@@ -118,8 +124,10 @@ def train_and_evaluate(arm, of_arm, seed):
     metrics = json.loads(run('eval.py', arguments, log))
     for recall, bin in zip(METRICS[7:11], metrics.get('occlusion', {}).values(), strict=False):
         metrics[recall] = bin['recall50']
-    if without and set(saved['model_config'].get('attn', '-')) - {'-'}:
-        metrics['AP without'] = json.loads(run('eval.py', [*arguments, f'--without={without}'], log))['AP']
+    attn = saved['model_config'].get('attn', '---')                                        # of P3, P4, P5
+    there = ','.join(block for block in without.split(',') if block and attn[int(block[-1]) - 3] != '-')
+    if there:
+        metrics['AP without'] = json.loads(run('eval.py', [*arguments, f'--without={there}'], log))['AP']
     with open(os.path.join(folder, 'train.txt'), encoding='utf-8') as f:
         costs.device, dtype = re.search(r'; (\S+) (\w+)[^;]*; \d+ steps', f.read()).groups()  # 'auto' is settled there
     return dict(metrics, arm=arm, seed=seed, minutes=cpu, steps=saved['step'], dtype=dtype, threads=threads,
@@ -160,12 +168,18 @@ def main():
                          'python bench.py experiment experiments/detectors_shapes.py')
     if jobs < 1:
         raise InputError(f'--jobs={jobs}: must be at least 1')
+    if not all(isinstance(arm, tuple) and len(arm) == 2 and set(map(type, arm)) == {str} for arm in arms):
+        raise InputError("arms is ((name, further arguments), ...), of one arm too: (('a', '--attn=---'),)")
+    if len(dict(arms)) < len(arms):
+        raise InputError('two arms have one name: ' + ', '.join(arm for arm, _ in arms))
+    if not show and not os.path.exists(re.sub(r'(\.ya?ml):\w+$', r'\1', test)):
+        raise InputError(f'the images to test on are not there: {test}')
     wanted = only.split(',') if only else [arm for arm, _ in arms]
     if unknown := set(wanted) - {arm for arm, _ in arms}:
         raise InputError(f'--only={only}: {name} has no arm {", ".join(unknown)}, it has '
                          + ', '.join(arm for arm, _ in arms))
-    os.makedirs('results', exist_ok=True)
     path, writing = os.path.join('results', f'{name}.csv'), threading.Lock()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     there = {(row['arm'], int(row['seed'])) for row in read_rows(path)}
 
     def run_one(arm, of_arm, seed):

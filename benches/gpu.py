@@ -227,7 +227,8 @@ def training_steps(s):
         *(train_step(f'everything {attn}', 'bfloat16', 180, f'--attn={attn}', *everything)
           for attn in ('SST', 'NWL', 'KMF')),
         train_step('rtdetr', 'bfloat16', 180, '--arch=rtdetr', '--optimizer=adamw', '--lr=4e-4', s.few),
-        train_step('torchrun', 'bfloat16', 180, s.few, *['--sync_bn=True'] * (device != 'cpu'), launch=one_rank),
+        train_step('torchrun', 'bfloat16', 180, s.few, *(['--sync_bn=True'] if device != 'cpu' else []),
+                   launch=one_rank),
         train_step('compile', 'bfloat16', 400, '--compile=True', s.few),
         Step('train at 1080p', 'auto', 300, training, [
             'train.py', 'config/hsvdet_1080p_8gb.py', f'--train_data={out_dir}/data/train.json',
@@ -361,10 +362,10 @@ def write_page(rows):
     """out_dir.md: the rows, then the output of the cost tables, and the end of the output of what failed."""
     machines = dict.fromkeys(row['machine'] for row in rows.values())
     lines = ['# A rehearsal: steps run; figures mean nothing' if small else f'# On {device}', '', *machines, '',
-             f'`python bench.py gpu --device={device}{" --small=True" * small}`', '',
+             f'`python bench.py gpu --device={device}{" --small=True" if small else ""}`', '',
              '| step | dtype | figure | s | exit | date |', '|---|---|---|---|---|---|']
     for row in rows.values():
-        code = row['exit'] + f', {row["left"]} processes left' * (str(row['left']) != '0')
+        code = row['exit'] + (f', {row["left"]} processes left' if str(row['left']) != '0' else '')
         lines.append(f'| {row["step"]} | {row["dtype"]} | {row["figure"] or "none"} | {row["seconds"]} | {code} | '
                      f'{row["date"]} |')
     for row in rows.values():

@@ -23,6 +23,7 @@ from statistics import mean, stdev
 
 from checkpoint import read_checkpoint
 from configurator import InputError, configure
+from plots import new_figure
 
 # settings
 metric = 'AP'                  # a column of log.csv with a value for each evaluation: AP, AP50, AP75
@@ -123,11 +124,10 @@ def print_table(runs):
 def draw(runs, path):
     """The metric over epochs: a curve for each run, a colour for each group."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f'no {path}: it needs matplotlib: pip install matplotlib')
+        figure = new_figure(7, 4.4)
+    except InputError as e:
+        print(f'no {path}: {e}')
         return
-    figure = Figure((7, 4.4), layout='constrained')
     ax, named = figure.subplots(), set()
     for run in runs:
         label = None if run['group'] in named else run['settings'][:70]

@@ -14,7 +14,7 @@ imgsz = 320                  # pixels of the longer side; more for small objects
 epochs = 15
 min_steps = 500
 batch_size = 8               # many small steps, and whole pictures: the AP of 30 epochs of 16 with Mosaic
-mosaic = 0.0                 # in half the time (RESULTS.md, "Fewer steps"). For 60 epochs, or 100 images: --mosaic=1
+mosaic = 0.0                 # from half the images (RESULTS.md, "Fewer steps"). 60 epochs, or 100 images: --mosaic=1
 scale_aug = 0.2              # and sizes vary little: 0.5, as over 100 epochs, costs so short a run 0.01 to 0.03 AP
 warmup_epochs = 1
 no_aug_epochs = 1

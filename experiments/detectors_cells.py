@@ -7,7 +7,7 @@ train = ('config/finetune_own.py --train_data=data/bccd/trainval.json --val_data
          ' --epochs=30 --batch_size=16 --mosaic=1 --warmup_epochs=2 --no_aug_epochs=5 --scale_aug=0.5')
 _start = '--init_from=out/experiments/detectors_cells/YOLOv8-n_{seed}/best.pt'
 _rtdetr = f'config/rtdetr_own.py --train_data=data/bccd/trainval.json --val_data=data/bccd/trainval_val.json {_start}'
-_short = '--init_from=scratch --lr_start=1 --epochs=10.5 --no_aug_epochs=2 --min_steps=0'
+_short = '--init_from=scratch --lr_backbone=1 --epochs=10.5 --no_aug_epochs=2 --min_steps=0'
 arms = (('YOLOv8-n', '--attn=---'),
         ('HSV-DET-n', '--attn=-SS'),
         ('RT-DETR-n', _rtdetr),

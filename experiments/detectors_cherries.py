@@ -8,7 +8,7 @@ train = ('config/finetune_own.py --train_data=data/cherries/train.json --val_dat
 _start = '--init_from=out/experiments/detectors_cherries/YOLOv8-n_{seed}/best.pt'
 _rtdetr = (f'config/rtdetr_own.py --train_data=data/cherries/train.json --val_data=data/cherries/train_val.json'
            f' --epochs=12 {_start}')
-_short = '--init_from=scratch --lr_start=1 --epochs=5.8 --warmup_epochs=1 --no_aug_epochs=1 --min_steps=0'
+_short = '--init_from=scratch --lr_backbone=1 --epochs=5.8 --warmup_epochs=1 --no_aug_epochs=1 --min_steps=0'
 arms = (('YOLOv8-n', '--attn=---'),
         ('HSV-DET-n', '--attn=-SS'),
         ('RT-DETR-n', _rtdetr),

@@ -1,6 +1,6 @@
 # How few images will do? Blood cells, 320 px: 30 epochs of batches of 16; as many steps as 292 images get, by smaller
 # batches and more epochs; and with min_steps. Subsets: data.py split with --val=0.8288 and --val=0.6575,
-# each time trainval_train.json renamed to what is named below.
+# each time both of its files moved away, and the first is what is named below. The last arm had --threads=2.
 #   python bench.py experiment experiments/few_images.py
 name = 'few_images'
 train = ('config/finetune_own.py --val_data=data/bccd/trainval_val.json --k=0.25 --epochs=30 --batch_size=16 --mosaic=1'

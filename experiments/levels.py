@@ -1,7 +1,7 @@
 # Tokens of another level, and how many: strips of 1,024 px whose discs have the class of a cue 10 to 1,000 px away
 # (prepare/long_range.py), with 32 of 128 tokens at P4 and 16 of 32 at P5. P4's tokens attend to P5's too
 # (memory='scale'), to those of another picture (the control), or to 16 more of their own (as many keys). How many: one
-# budget for both levels (keep='joint'), a number per picture (keep='mass:0.5': 18 at P4 and 7 at P5 on the mean of the
+# budget for both levels (keep='joint'), a number per picture (keep='mass:0.5': 18 at P4 and 7 at P5 on average in the
 # first seed), and that mean, fixed.
 #   python -m prepare.long_range --out=data/levels --width=1024 --near=64 --far=1024
 #   python -m prepare.long_range --out=data/levels_test --width=1024 --near=64 --far=1024 --seed=1 --train=1 --val=500

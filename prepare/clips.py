@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from configurator import InputError, configure
+from prepare.long_range import COLOURS
 from prepare.shapes import write_set
 
 # settings
@@ -30,7 +31,6 @@ same = False                 # one colour for all discs of a clip
 seed = 0
 
 FRAMES = 3
-COLOURS = {'red': (230, 40, 40), 'green': (40, 200, 60), 'blue': (50, 80, 240)}
 NAMES = [f'{colour} behind' for colour in COLOURS]
 
 
@@ -46,7 +46,7 @@ class Clip:
             frame.save(f'{stem}_{t}{suffix}', **how)
 
 
-def draw_clip(rng, size=64, same=False):
+def draw_clip(rng, size=size, same=same):
     """-> Clip of FRAMES frames, labels and boxes (x1, y1, x2, y2, pixels) of the plates in the last."""
     # 1) one or two plates, apart from each other
     drift, centres = rng.uniform(-1.5, 1.5, 2), [rng.uniform(14, size - 14, 2)]
@@ -77,7 +77,7 @@ def draw_clip(rng, size=64, same=False):
     return Clip(frames), labels, boxes
 
 
-def make_clips(out='data/clips', train=1500, val=200, size=64, same=False, seed=0):
+def make_clips(out=out, train=train, val=val, size=size, same=same, seed=seed):
     """Write the set, see the top of this file. Raises InputError."""
     if size < 32:
         raise InputError(f'--size={size}: must be at least 32 pixels, or the plates have no room')

@@ -9,7 +9,7 @@ A strip is 2,048 px long and 32 high. Near its left end is the cue, a red, green
 1,100 (`near`) are some white discs. A disc's class is the colour of the cue, more than 1,000 px away. The convolutions
 of scale n see 625 px to either side at the very most (all kernels of the longest path added up), so for them a disc's
 class is a guess among three: an AP50 near 0.33. With `hidden` below 1 the other discs show their colour, so that some
-classes are told by the disc itself, some only by its fellows or the cue.
+discs show their class themselves, for others only coloured discs or the cue do.
 
 The cue is labelled in the training part, so that its colour is worth learning. val.json lists the discs alone, so that
 its AP is theirs.
@@ -36,7 +36,7 @@ NAMES = [f'{colour} cue' for colour in COLOURS] + [f'{colour} disc' for colour i
 DISCS = (3, 4, 5)            # the labels of the discs
 
 
-def draw_long_range(rng, near=1100, far=2048, width=2048, hidden=1.0):
+def draw_long_range(rng, near=near, far=far, width=width, hidden=hidden):
     """One strip, 32 px high -> PIL.Image, labels (the cue's, then the discs'), boxes (x1, y1, x2, y2, pixels)."""
     W, H = width, 32
     # 1) a background of smooth grey steps with noise
@@ -63,7 +63,7 @@ def draw_long_range(rng, near=1100, far=2048, width=2048, hidden=1.0):
     return image, labels, boxes
 
 
-def make_long_range(out='data/long_range', train=1500, val=200, near=1100, far=2048, seed=0, width=2048, hidden=1.0):
+def make_long_range(out=out, train=train, val=val, near=near, far=far, seed=seed, width=width, hidden=hidden):
     """Write the set, see the top of this file. Raises InputError."""
     if not 56 <= near <= far - 100 <= width - 100:
         raise InputError(f'--near={near} --far={far}: discs lie right of the cue, which ends at column 54, and within '

@@ -87,7 +87,7 @@ def rasterize(kind, corners, center):
     return np.asarray(mask.resize((right - left, bottom - top), Image.BOX)) / 255, left, top
 
 
-def draw_shapes(rng, size=192):
+def draw_shapes(rng, size=size):
     """
     One picture of size x size -> PIL.Image, labels (n ints into SHAPES), boxes (n times x1, y1, x2, y2 in pixels) of
     the whole shapes, hidden parts included, clipped to the picture.
@@ -189,7 +189,7 @@ def write_set(out, names, draw, train, val, seed, val_labels=None, suffix=''):
     print(f'{out}: {train:,} training and {val:,} validation pictures')
 
 
-def make_shapes(out='data/shapes', train=2000, val=200, size=192, seed=0):
+def make_shapes(out=out, train=train, val=val, size=size, seed=seed):
     """The set of the quick start, see draw_shapes. Raises InputError."""
     if size < 32:
         raise InputError(f'--size={size}: must be 32 pixels or more, for the shapes to have room')

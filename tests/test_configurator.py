@@ -26,6 +26,8 @@ def test_overrides(tmp_path):
     assert space['epochs'] == 30 and space['_hidden'] == 1
     assert configure(settings(), argv=['--lr=1'])['lr'] == 1.0
     assert configure(settings(), positional='source', argv=['a.jpg'])['source'] == 'a.jpg'
+    with pytest.raises(InputError, match='b.jpg: source is a.jpg already, and takes one'):        # an unquoted *.jpg
+        configure(settings(), positional='source', argv=['a.jpg', 'b.jpg'])
     either = dict(layers='all', __annotations__=dict(layers=str | tuple))
     for text, value in (('some', 'some'), ('(1, 2)', (1, 2))):
         assert configure(dict(either), argv=[f'--layers={text}'])['layers'] == value

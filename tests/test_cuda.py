@@ -327,7 +327,7 @@ def test_optimizers(device, kind):
         params = [torch.nn.Parameter(t.clone()) for t in start]
         groups = [dict(params=[p], part='head', name=f'head.{what}', lr=1.0, weight_decay=0.1)
                   for p, what in zip(params, ('decay', 'no_decay'), strict=True)]
-        optimizers = make_optimizers(groups, dict(head=kind), 0.01, 0.9, 0.99)
+        optimizers = make_optimizers(groups, dict(head=kind), 0.9, 0.99)
         for i in range(3):
             for p, g in zip(params, gradient, strict=True):
                 p.grad = g[i].clone()

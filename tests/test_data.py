@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 from configurator import InputError
@@ -135,6 +135,30 @@ def test_colour_and_mixup():
     b = (torch.full((3, 4, 4), 200, dtype=torch.uint8), np.ones((2, 4), np.float32), np.array([2, 3]))
     image, boxes, labels = data.mixup(a, b, np.random.default_rng(0))
     assert 50 < image[0, 0, 0] < 150 and labels.tolist() == [1, 2, 3] and boxes.shape == (3, 4)
+
+
+@pytest.mark.parametrize('orientation', range(10))
+def test_images_are_turned_as_exif_says(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011B] = orientation, 72.0
+    noise(40, 30).save(tmp_path / 'a.jpg', exif=exif)
+    with Image.open(tmp_path / 'a.jpg') as image:
+        wanted = np.asarray(ImageOps.exif_transpose(image))
+    assert (np.asarray(load_image(tmp_path / 'a.jpg')) == wanted).all()
+    # the same with a resolution of a wrong type: Pillow's own function fails on writing the EXIF anew
+    raw = (tmp_path / 'a.jpg').read_bytes()
+    assert raw.count(b'\x01\x1b\x00\x05') == 1
+    (tmp_path / 'b.jpg').write_bytes(raw.replace(b'\x01\x1b\x00\x05', b'\x01\x1b\x00\x01'))
+    assert (np.asarray(load_image(tmp_path / 'b.jpg')) == wanted).all()
+
+
+def test_pictures_of_floats():
+    ramp = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    for scale in (1, 255):
+        got = np.asarray(data.to_rgb(Image.fromarray(ramp * scale)))
+        assert got.shape == (3, 4, 3) and (got[..., 0] == (ramp * 255).astype(np.uint8)).all()
+    ramp[0, 0] = np.nan
+    assert data.to_rgb(Image.fromarray(ramp)).getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_letterbox_and_back():

@@ -113,7 +113,7 @@ def test_the_device_is_the_models(model, monkeypatch):
     image = Image.new('RGB', (40, 30))
     elsewhere = copy.deepcopy(model).to('meta')
     without = torch.nn.Module()
-    without.imgsz, without.fixed_imgsz = (64, 64), (64, 64)
+    without.imgsz, without.fixed_imgsz, without.rect = (64, 64), (64, 64), True
     for each in (elsewhere, model, without):
         detect.detect_images(each, [image])
     detect.detect_images(model, [image], device='meta')

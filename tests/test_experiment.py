@@ -30,7 +30,7 @@ def test_table(monkeypatch, capsys):
 def test_a_row_is_run_once(monkeypatch, tmp_path):
     ran = []
     monkeypatch.chdir(tmp_path)
-    for key, value in dict(name='e', train='x.py', test='t.json', arms=(('a', ''), ('b', ''))).items():
+    for key, value in dict(name='e', train='x.py', test=__file__, arms=(('a', ''), ('b', ''))).items():
         monkeypatch.setattr(experiment, key, value)
     monkeypatch.setattr(experiment, 'train_and_evaluate',
                         lambda arm, more, seed: ran.append((arm, seed)) or dict(arm=arm, seed=seed, AP=0.5))
@@ -48,6 +48,61 @@ def test_a_row_is_run_once(monkeypatch, tmp_path):
             ('a', '0', '0.5000'), ('b', '0', '0.5000'), ('b', '1', '0.5000')]
 
 
+@pytest.mark.parametrize('settings,says', [
+    (dict(arms=('a', '--attn=---')), 'of one arm too'), (dict(arms=(('a', ''), ('a', '-'))), 'two arms have one name'),
+    (dict(test='nowhere.json'), 'not there: nowhere.json'), (dict(only='c'), 'no arm c')])
+def test_mistakes_are_found_before_hours_are_spent(monkeypatch, tmp_path, settings, says):
+    monkeypatch.chdir(tmp_path)
+    for key, value in (dict(name='e', train='x.py', test=__file__, arms=(('a', ''), ('b', ''))) | settings).items():
+        monkeypatch.setattr(experiment, key, value)
+    with pytest.raises(InputError, match=says):
+        experiment.main()
+
+
+def test_an_edited_config_file_starts_afresh_and_sets_the_old_run_aside(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ran = []
+
+    def run(script, arguments, log, spent=os.devnull):
+        ran.append('--init_from=resume' in arguments)
+        saved = dict(step=7, total_steps=20, config=dict(max_steps=0))
+        torch.save(saved, os.path.join(os.path.dirname(log), 'ckpt.pt'))
+        with open(spent, 'a') as f:
+            f.write('6.0 6.0\n')
+
+    for key, value in dict(name='e', train='x.py', test=__file__, run=run).items():
+        monkeypatch.setattr(experiment, key, value)
+    for base in ('lr = 1', 'lr = 1', 'lr = 2'):
+        (tmp_path / 'x.py').write_text("exec(open('base.py').read())\n")
+        (tmp_path / 'base.py').write_text(base)
+        with pytest.raises(InputError, match='stopped at step 7'):
+            experiment.train_and_evaluate('a', '', 0)
+    assert ran == [False, True, False] and (tmp_path / 'out/experiments/e/a_0/before_ckpt.pt').exists()
+
+
+def test_only_blocks_that_an_arm_has_are_taken_out(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    evaluated = []
+
+    def run(script, arguments, log, spent=os.devnull):
+        if script == 'eval.py':
+            evaluated.append([a for a in arguments if a.startswith('--without')])
+        else:
+            saved = dict(step=2, total_steps=2, config=dict(max_steps=0, batch_size=8), commit='', model={},
+                         model_config=dict(attn=arguments[1].partition('=')[2]))
+            torch.save(saved, os.path.join(os.path.dirname(log), 'ckpt.pt'))
+            for path, text in ((spent, '6.0 6.0\n'), (log, '; cpu float32; 2 steps\n')):
+                with open(path, 'a') as f:
+                    f.write(text)
+        return '{"AP": 0.5}'
+
+    for key, value in dict(name='e', train='x.py', test=__file__, run=run, without='block4,p5').items():
+        monkeypatch.setattr(experiment, key, value)
+    for attn in ('---', '--S', '-S-', '-SS'):
+        experiment.train_and_evaluate(attn, f'--attn={attn}', 0)
+    assert evaluated == [[], [], ['--without=p5'], [], ['--without=block4'], [], ['--without=block4,p5']]
+
+
 def test_several_runs_at_a_time(monkeypatch, tmp_path):
     """Both of the first two must be there at once, or neither goes on; an error ends it, and what was done is kept."""
     barrier = threading.Barrier(2, timeout=20)
@@ -59,7 +114,7 @@ def test_several_runs_at_a_time(monkeypatch, tmp_path):
         barrier.wait()
         return dict(arm=arm, seed=seed, AP=0.5)
 
-    for key, value in dict(name='e', train='x.py', test='t.json', arms=(('a', ''), ('b', ''), ('c', '')), seeds=(0,),
+    for key, value in dict(name='e', train='x.py', test=__file__, arms=(('a', ''), ('b', ''), ('c', '')), seeds=(0,),
                            jobs=2, train_and_evaluate=run).items():
         monkeypatch.setattr(experiment, key, value)
     with pytest.raises(InputError, match='c is broken'):
@@ -82,7 +137,7 @@ def test_a_run_that_was_stopped_is_no_row(monkeypatch, tmp_path):
         torch.save(dict(step=7, total_steps=20, config=config), os.path.join(os.path.dirname(log), 'ckpt.pt'))
         return '{}'
 
-    for key, value in dict(name='e', train='x.py', test='t.json', run=run).items():
+    for key, value in dict(name='e', train='x.py', test=__file__, run=run).items():
         monkeypatch.setattr(experiment, key, value)
     for max_steps, last in ((0, 20), (9, 9)):
         config['max_steps'] = max_steps

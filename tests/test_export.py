@@ -73,6 +73,7 @@ class TinyConfig:
 
 class Tiny(nn.Module):
     """The smallest detector: one convolution, 96 points, crowded boxes, three classes. Fast to export."""
+    arch, backbone = 'tiny', None
 
     def __init__(self, nms=True):
         super().__init__()
@@ -90,9 +91,6 @@ class Tiny(nn.Module):
 
     def postprocess(self, raw, *settings):
         return [select_detections(b, s, *settings, self.nms) for b, s in zip(*self.decode(raw), strict=True)]
-
-    def checkpoint(self):
-        return dict(arch='tiny')
 
 
 @torch.no_grad()

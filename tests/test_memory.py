@@ -46,8 +46,8 @@ def small(seed=0, gate=0.5, **settings):
 
 def count(selected):
     """SelectedTokens -> (B,): how many tokens each image kept."""
-    B, k = selected.cells.shape
-    return selected.kept.sum(1) if selected.kept is not None else selected.cells.new_full((B,), k)
+    B, k, _ = selected.tokens.shape
+    return selected.kept.sum(1) if selected.kept is not None else torch.full((B,), k)
 
 
 # --- the block -------------------------------------------------------------------------------------------------------
@@ -299,8 +299,7 @@ def test_a_block_taken_out_leaves_the_other_its_tokens():
 def test_k_per_level():
     model = small(k=(0, 5, 0.5), attn='-SS', keep='mass:1')
     _, taken = model.image_features(torch.rand(1, 3, 64, 96))
-    assert taken['p4'].cells.shape == (1, 5) and taken['p5'].cells.shape == (1, 3)
-    assert taken['p4'].tokens.shape == (1, 5, 128)
+    assert taken['p4'].tokens.shape == (1, 5, 128) and taken['p5'].tokens.shape[:2] == (1, 3)
     assert small(k=4).block4.k == small(k=4).block5.k == 4
 
 

@@ -56,7 +56,7 @@ def test_muon_step_by_hand():
     before, gradients = [p.detach().clone() for p in params], [torch.randn(p.shape, generator=g) for p in params]
     for p, gradient in zip(params, gradients, strict=True):
         p.grad = gradient.clone(memory_format=torch.channels_last) if p.ndim == 4 else gradient.clone()
-    Muon([dict(params=params, lr=0.1, weight_decay=0.5)], 0.1, momentum=0.9).step()
+    Muon([dict(params=params, lr=0.1, weight_decay=0.5)], momentum=0.9).step()
     for p, was, gradient in zip(params, before, gradients, strict=True):
         update = orthogonalize(gradient.lerp(gradient * 0.1, 0.9).flatten(1)[None]).view(p.shape)
         size = 0.2 * max(update.flatten(1).shape) ** 0.5
@@ -68,7 +68,7 @@ def test_parts_get_their_optimizer():
     model = HSVDET(HSVDETConfig(num_classes=3))
     groups = model.param_groups(1.0, 0.05, dict(head=0.5))
     kinds = dict(backbone='muon', neck='adamw', block='muon', head='sgd')
-    optimizers = make_optimizers(groups, kinds, 1e-3, 0.9, 0.999)
+    optimizers = make_optimizers(groups, kinds, 0.9, 0.999)
     by_kind = {type(o).__name__: [group['name'] for group in o.param_groups] for o in optimizers}
     assert by_kind['Muon'] == ['backbone.decay', 'block.decay']
     assert by_kind['SGD'] == ['head.decay', 'head.no_decay']
@@ -99,7 +99,7 @@ def test_each_kind_learns_and_resumes_to_the_bit(kind):
         params = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((4, 3, 3, 3), (6, 5), (4,), ())]
         groups = [dict(params=params[:2], part='head', name='head.decay', lr=1.0, weight_decay=0.05),
                   dict(params=params[2:], part='head', name='head.no_decay', lr=1.0, weight_decay=0.0)]
-        return params, make_optimizers(groups, dict(head=kind), 0.02, 0.9, 0.999)
+        return params, make_optimizers(groups, dict(head=kind), 0.9, 0.999)
 
     def distance(params):
         return sum((p - 1).square().sum() for p in params).item()
@@ -126,7 +126,7 @@ def test_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pytorch_optimizer', None)
     group = dict(params=[torch.nn.Parameter(torch.zeros(2, 2))], part='head', name='head.decay', lr=1.0)
     with pytest.raises(InputError, match='pip install pytorch_optimizer'):
-        make_optimizers([group], dict(head='lamb'), 0.1, 0.9, 0.999)
+        make_optimizers([group], dict(head='lamb'), 0.9, 0.999)
 
 
 DETECTORS = dict(

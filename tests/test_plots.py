@@ -90,7 +90,7 @@ def test_curves_with_empty_cells(tmp_path, monkeypatch):
     figures, new_figure = [], plots.new_figure
     monkeypatch.setattr(plots, 'new_figure', lambda *args: figures.append(new_figure(*args)) or figures[-1])
     write_log(tmp_path / 'log.csv')
-    plots.draw_curves(tmp_path / 'log.csv', tmp_path / 'curves.png', 0.2, 0.8, 'run')
+    plots.draw_curves(tmp_path / 'log.csv', tmp_path / 'curves.png', 0.2, 0.8)
     assert (tmp_path / 'curves.png').stat().st_size > 1000
     panels = {ax.get_title(): [line for line in ax.lines if not line.get_label().startswith('_')]
               for ax in figures[0].axes}

@@ -23,7 +23,7 @@ BLOCKS = dict(re.findall(r'^## (\w+).*?^```python\n(.*?)^```', TEXT, re.DOTALL |
 
 class RedFinder(torch.nn.Module):
     """Finds each red square, by its pixels; blue ones would be red if the channels were the wrong way round."""
-    names, imgsz, fixed_imgsz = ['square'], (640, 640), None
+    names, imgsz, fixed_imgsz, rect = ['square'], (640, 640), None, True
 
     def forward(self, images):
         return images, {}

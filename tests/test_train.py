@@ -57,6 +57,12 @@ def train(shapes, out_dir, *settings, check=True, change='', **kwargs):
     return done
 
 
+def test_an_evaluation_that_fails_loses_no_step(shapes, tmp_path):
+    broken = 'import eval\ndef evaluate(*args, **how):\n    raise RuntimeError("no disk")\neval.evaluate = evaluate'
+    done = train(shapes, tmp_path / 'out', '--max_steps=2', check=False, change=broken)
+    assert done.returncode and 'no disk' in done.stderr and load(tmp_path / 'out' / 'ckpt.pt')['step'] == 2
+
+
 def load(path):
     return torch.load(path, map_location='cpu', weights_only=True)
 
@@ -298,6 +304,7 @@ def test_bad_input_is_one_sentence(shapes, tmp_path):
     cases = [
         (['--imgsz=100'], 'imgsz must be one multiple of 32'),
         (['--imgsz=32', '--batch_size=1'], 'a single value at P5'),
+        (['--imgsz=64', '--batch_size=2', '--grad_accum=2', '--multi_scale=0.5'], 'a single value at P5'),
         (['--device=cuda'], 'sees no CUDA device; use --device=cpu'),
         (['--device=cuda:x'], 'must be auto, cpu, cuda or cuda:n'),
         (['--sync_bn=True'], 'needs CUDA devices'),
