@@ -1,6 +1,9 @@
 """benches/experiment.py: what is there is not run again, seeds are paired, and every figure is eval.py's."""
 import csv
+import glob
 import os
+import runpy
+import shlex
 import subprocess
 import sys
 import threading
@@ -8,8 +11,11 @@ import threading
 import pytest
 import torch
 
+from baselines.detr import DETRConfig
 from benches import experiment
-from configurator import InputError
+from configurator import InputError, build, configure
+from data import Augment
+from model import HSVDETConfig
 from prepare.shapes import make_shapes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -172,6 +178,23 @@ def test_an_interrupted_run_leaves_its_seconds(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         experiment.run(str(tmp_path / 'train.py'), [], str(tmp_path / 'log'), str(tmp_path / 'spent'))
     assert len((tmp_path / 'spent').read_text().split()) == 2 and (tmp_path / 'log').read_text() == 'saved\n'
+
+
+@pytest.mark.parametrize('file', sorted(glob.glob(os.path.join(ROOT, 'experiments', '*.py'))), ids=os.path.basename)
+def test_every_arm_has_settings_of_train_py(monkeypatch, file):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)                                # configure() replaces it
+    with open('train.py', encoding='utf-8') as f:
+        settings, found = f.read().partition('\nconfig = configure(')[:2]
+    assert found
+    plan = runpy.run_path(file)
+    for arm, of_arm in plan['arms']:
+        namespace = dict(__name__='settings')
+        exec(settings, namespace)
+        argv = shlex.split(f'{plan["train"]} {of_arm.format(seed=0)}')
+        config = configure(namespace, Augment, HSVDETConfig, DETRConfig, argv=argv)
+        assert config['warmup_epochs'] + config['no_aug_epochs'] <= config['epochs'], arm
+        build(DETRConfig if config['arch'] == 'rtdetr' else HSVDETConfig, config)
 
 
 @pytest.mark.slow
