@@ -11,7 +11,7 @@ another of its kind is a row in LIBRARY.
 
 Left out: Sophia, which needs second derivatives, another backward pass; and Schedule-Free, which wants a constant
 learning rate instead of our three stages, and BatchNorm statistics of its averaged weights, so that every evaluation
-would begin with a pass over training images.
+would begin with a pass over training images; tried, it was no better than AdamW (RESULTS.md, "tried").
 """
 import torch
 
