@@ -132,10 +132,6 @@ def read_checkpoint(path):
         raise InputError(f'{path} was refused: it cannot be read without running code, or at all ({why})') from None
     if not isinstance(saved, dict):
         raise InputError(f'{path} was refused: it holds a {type(saved).__name__}, not a checkpoint')
-    for key in ('model', 'ema'):                                     # files from before the backbone was a module
-        if isinstance(saved.get(key), dict):
-            saved[key] = {f'backbone.{name}' if str(name).split('.')[0] in BACKBONE else name: tensor
-                          for name, tensor in saved[key].items()}
     return saved
 
 

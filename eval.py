@@ -120,8 +120,7 @@ class OnnxModel(torch.nn.Module):
         metadata = self.session.get_modelmeta().custom_metadata_map
         if 'names' not in metadata:
             raise InputError(f'{path} has no class names in its metadata: make it with python export.py --weights=...')
-        # an RT-DETR and a one-to-one head need no NMS; files from before `nms` was written have `one2one`
-        self.nms = metadata.get('nms') != 'False' and metadata.get('one2one') != 'True'
+        self.nms = metadata.get('nms') != 'False'                    # an RT-DETR and a one-to-one head need none
         self.rect = metadata.get('arch') != 'rtdetr'                 # see HSVDET
         self.conf = metadata.get('conf')                             # of the NMS inside the file, if it has one
         self.has_detections = 'detections' in [output.name for output in self.session.get_outputs()]

@@ -519,7 +519,7 @@ def test_onnx(folder, tmp_path):
 
 
 def test_onnx_needs_nms_or_not(tmp_path):
-    for metadata in (dict(nms='False', arch='rtdetr'), dict(nms='False'), dict(one2one='True')):
+    for metadata in (dict(nms='False', arch='rtdetr'), dict(nms='False')):
         assert not tiny_onnx(tmp_path / 'a.onnx', 1, (64, 64), **metadata).nms
     assert tiny_onnx(tmp_path / 'a.onnx', 1, (64, 64), nms='True').nms
     assert not ev.load_model(str(tmp_path / 'a.onnx'), nms=False).nms
