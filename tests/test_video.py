@@ -62,7 +62,7 @@ def steady(n):
 
 class Finder(torch.nn.Module):
     """Stands for a detector where the network does not matter: one object in each image, whose score the test knows."""
-    names, imgsz, fixed_imgsz, nms, best_f1, frames = ['cat', 'dog'], (64, 64), None, True, None, 0
+    names, imgsz, fixed_imgsz, rect, nms, best_f1, frames = ['cat', 'dog'], (64, 64), None, True, True, None, 0
 
     def blocks(self):
         return {}
