@@ -329,8 +329,10 @@ def test_script(folder, model, tmp_path, monkeypatch, capsys):
     assert set(first['by_class']) == {'kind3', 'kind7'} and len(first['occlusion']) == 5
     assert set(first['best_f1']) == {'score', 'P', 'R', 'F1'}
     (tmp_path / 'alone.json').write_text((folder / 'val.json').read_text())           # no image beside it, none needed
-    again, _ = run(monkeypatch, capsys, data=str(tmp_path / 'alone.json'), out_dir='',
-                   from_json=str(tmp_path / 'out' / 'detections.json'))
+    found = tmp_path / 'out' / 'detections.json'
+    found.write_text(found.read_text() + '\n')                                 # as another program may write it
+    again, _ = run(monkeypatch, capsys, data=str(tmp_path / 'alone.json'), from_json=str(found))
+    assert found.read_text().endswith('\n'), 'the user\'s file is not written anew'
     # the boxes in the file are rounded
     assert [again[key] for key in ev.KEYS] == pytest.approx([first[key] for key in ev.KEYS], abs=2e-3)
     with pytest.raises(InputError, match='nowhere.json: No such file or directory, check the path'):
