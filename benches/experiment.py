@@ -171,7 +171,7 @@ def main():
     if not all(isinstance(arm, tuple) and len(arm) == 2 and set(map(type, arm)) == {str} for arm in arms):
         raise InputError("arms is ((name, further arguments), ...), of one arm too: (('a', '--attn=---'),)")
     if len(dict(arms)) < len(arms):
-        raise InputError('two arms have one name: ' + ', '.join(arm for arm, _ in arms))
+        raise InputError(f'two arms have one name, rename one: {", ".join(arm for arm, _ in arms)}')
     if not show and not os.path.exists(re.sub(r'(\.ya?ml):\w+$', r'\1', test)):
         raise InputError(f'the images to test on are not there: {test}')
     wanted = only.split(',') if only else [arm for arm, _ in arms]
