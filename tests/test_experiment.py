@@ -55,7 +55,8 @@ def test_a_row_is_run_once(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('settings,says', [
-    (dict(arms=('a', '--attn=---')), 'of one arm too'), (dict(arms=(('a', ''), ('a', '-'))), 'one name, rename one: a, a'),
+    (dict(arms=('a', '--attn=---')), 'of one arm too'),
+    (dict(arms=(('a', ''), ('a', '-'))), 'two arms have one name, rename one: a, a'),
     (dict(test='nowhere.json'), 'not there: nowhere.json'), (dict(only='c'), 'no arm c')])
 def test_mistakes_are_found_before_hours_are_spent(monkeypatch, tmp_path, settings, says):
     monkeypatch.chdir(tmp_path)
